@@ -1,0 +1,34 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first (see scripts/make_env.sh).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp)
+
+.PHONY: help env demo test lint clean
+
+help:
+	@echo "make demo   set up, then run the whole method on a small corpus of real encoded videos (report in demo/)"
+	@echo "make test   set up, then lint, type check, C++ and Python tests"
+	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
+	@echo "make lint   ruff, mypy, clang-format"
+
+env: .venv/.made
+
+.venv/.made: scripts/make_env.sh setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_SOURCES)
+	./scripts/make_env.sh
+
+demo: env
+	$(PY) -m pyvdl demo
+
+lint: env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+test: lint
+	cmake --version >/dev/null 2>&1 || true
+	$(PY) -m pytest tests
+
+clean:
+	rm -rf build .venv demo

@@ -1,0 +1,1 @@
+"""Attention and contrastive-loss kernels, installed as `pyvdl.kernels`; they import jax only."""

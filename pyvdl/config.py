@@ -1,0 +1,176 @@
+"""Every setting of pyvdl as frozen dataclasses, named presets as functions, and `a.b=c` overrides.
+
+Presets carry the figures of the paper ("Distilling Vision-Language Models on Millions of Videos", CVPR 2024) with their
+source in a comment; settings the paper leaves open name the precedent they follow. No preset is looked up at import.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer over one frame or over a clip."""
+
+    image_size: int = 224  # pixels, square
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    num_frames: int = 1  # 1: frames are encoded one by one; >1: joint space-time attention over so many frames
+    class_token: bool = False  # stands last in the sequence
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """A T5 v1.1 style encoder-decoder: RMSNorm before each block, gated MLP, relative position bias, no biases."""
+
+    vocab_size: int = 32128
+    width: int = 2048
+    encoder_layers: int = 24
+    decoder_layers: int = 24
+    num_heads: int = 32
+    head_dim: int = 64
+    mlp_dim: int = 5120
+    activation: Literal["gelu", "silu"] = "gelu"
+    num_buckets: int = 32  # of relative position
+    max_distance: int = 128  # tokens; farther ones share the last bucket
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig:
+    """The paper's video-language model: each frame through the tower, tokens concatenated, projected, read by the LM."""
+
+    vision: ViTConfig = field(default_factory=ViTConfig)
+    language: T5Config = field(default_factory=T5Config)
+    num_frames: int = 8  # section 4.1
+    fps: float = 2.0  # section 4.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """CLIP's text tower: causal pre-norm transformer, pooled at the end-of-text token."""
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualEncoderConfig:
+    """CLIP-like video-text encoder; `vision.num_frames` frames attend jointly over space and time."""
+
+    vision: ViTConfig = field(default_factory=lambda: ViTConfig(num_frames=4, class_token=True))
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    embed_dim: int = 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule of one training run."""
+
+    name: Literal["adafactor", "adamw", "sgd"] = "adafactor"
+    peak_learning_rate: float = 1e-4
+    warmup_steps: int = 1000
+    schedule: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
+    weight_decay: float = 0.0  # decoupled, matrices only
+    b1: float = 0.0  # first-moment decay; SGD reads it as momentum
+    b2: float = 0.999  # AdamW's second-moment decay; Adafactor's cap of 1 - t**-decay_exponent
+    decay_exponent: float = 0.8  # Adafactor's second-moment decay is min(b2, 1 - t**-decay_exponent)
+    clip_norm: float | None = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """How a clip is sampled for a model: the arguments of `pyvdl.sample_clip` that a recipe fixes."""
+
+    num_frames: int = 8
+    sampling: Literal["uniform", "fps", "random", "keyframe"] = "fps"
+    fps: float = 2.0
+    short_side: int = 256  # pixels
+    size: int = 224  # pixels of the square crop
+    crop: Literal["center", "random"] = "center"
+    scale_jitter: tuple[float, float] | None = None  # height and width scaled by independent factors
+    short_clip: Literal["repeat_last", "loop", "error"] = "repeat_last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: which parts move, for how long, with what."""
+
+    steps: int = 10_000
+    batch_size: int = 64
+    seed: int = 0
+    trainable: tuple[str, ...] = ("",)  # prefixes of parameter paths ("vision", "language"); "" trains all
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    num_threads: int = 2  # decoding threads of this process
+    prefetch: int = 2  # batches decoded ahead
+
+
+def override[T](config: T, assignments: Iterable[str]) -> T:
+    """Returns `config` with `path.to.field=value` assignments applied.
+
+    Values are read as Python literals and fall back to plain strings. Raises ValueError naming the unknown field and the
+    fields there are, or the value and the type wanted.
+    """
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"override {assignment!r} has no '='; write path.to.field=value")
+        config = _set(config, path.strip().split("."), text.strip(), path)
+    return config
+
+
+def _set(config: Any, path: list[str], text: str, full: str) -> Any:
+    fields = {f.name for f in dataclasses.fields(config)}
+    if path[0] not in fields:
+        raise ValueError(f"unknown setting {full!r}: {type(config).__name__} has {', '.join(sorted(fields))}")
+    current = getattr(config, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise ValueError(f"unknown setting {full!r}: {path[0]!r} has no fields of its own")
+        return dataclasses.replace(config, **{path[0]: _set(current, path[1:], text, full)})
+    if dataclasses.is_dataclass(current):
+        raise ValueError(f"{full!r} is a group of settings; set one of its fields")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if current is not None and value is not None and type(value) is not type(current):
+        raise ValueError(f"{full} must be {type(current).__name__}, not {text!r}")
+    return dataclasses.replace(config, **{path[0]: value})

@@ -1,0 +1,1 @@
+"""Model definitions (Flax nnx); they import kernels and config only."""
