@@ -59,7 +59,7 @@ class WordTokenizer:
         return NUM_SPECIAL_IDS + len(self.words)
 
     def encode(self, text: str, length: int, *, bos: bool = False) -> np.ndarray:
-        """Returns int32[length]: the ids of `text`, end of sequence, padding. A long text loses words, never its end."""
+        """Returns int32[length]: the ids of `text`, end of sequence, padding. A long text never loses its end."""
         shortest = 2 if bos else 1
         if length < shortest:
             raise ValueError(f"length={length}: expected at least {shortest} (bos={bos})")
