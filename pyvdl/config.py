@@ -174,3 +174,85 @@ def _set(config: Any, path: list[str], text: str, full: str) -> Any:
     if current is not None and value is not None and type(value) is not type(current):
         raise ValueError(f"{full} must be {type(current).__name__}, not {text!r}")
     return dataclasses.replace(config, **{path[0]: value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The settings of the whole method at one size; vocabularies are those of the tokenizer a run brings."""
+
+    vlm: VLMConfig
+    dual_encoder: DualEncoderConfig
+    visual: TrainConfig  # vision tower trains on short captions
+    language: TrainConfig  # language model trains on instruction data
+    contrastive: TrainConfig  # the dual encoder
+    prompt_length: int  # tokens
+    target_length: int
+
+
+def paper(vocab_size: int) -> Preset:
+    """The figures of the paper; sections and tables named where they stand. For accelerators."""
+    adafactor = OptimConfig(
+        name="adafactor", peak_learning_rate=1e-4, warmup_steps=1000, schedule="inverse_sqrt", b1=0.0
+    )  # section 4.1 and supplement
+    clip = ClipConfig(num_frames=8, fps=2.0, sampling="fps")  # section 4.1
+    adamw = OptimConfig(
+        name="adamw", peak_learning_rate=1e-3, warmup_steps=5000, schedule="cosine", weight_decay=0.01, b1=0.9, b2=0.999
+    )  # main recipe of the dual encoder; the rate is the one stated for SGD
+    return Preset(
+        vlm=VLMConfig(
+            vision=ViTConfig(width=1664, depth=48, num_heads=16, mlp_dim=8192),  # ViT-G/14
+            language=T5Config(vocab_size=vocab_size),  # T5 XL's shape for the unpublished UL2 3B
+        ),
+        dual_encoder=DualEncoderConfig(
+            vision=ViTConfig(num_frames=4, class_token=True), text=TextTowerConfig(vocab_size=vocab_size)
+        ),  # ViT-L/14
+        visual=TrainConfig(steps=40_000, batch_size=64, trainable=("vision", "projection"), optim=adafactor, clip=clip),
+        language=TrainConfig(steps=10_000, batch_size=256, trainable=("language",), optim=adafactor, clip=clip),
+        contrastive=TrainConfig(
+            steps=334_000,  # 20 epochs of 17.1 million clips
+            batch_size=1024,
+            optim=adamw,
+            clip=ClipConfig(num_frames=4, fps=2.0, sampling="fps", crop="random", scale_jitter=(0.9, 1.33)),
+        ),
+        prompt_length=64,
+        target_length=77,
+    )
+
+
+def toy(vocab_size: int) -> Preset:
+    """The same method at a size that trains in seconds on two cores: for trials and tests, not for scores."""
+    adafactor = OptimConfig(name="adafactor", peak_learning_rate=1e-3, warmup_steps=20)
+    adamw = OptimConfig(name="adamw", peak_learning_rate=1e-3, warmup_steps=10, schedule="cosine", b1=0.9)
+    vision = ViTConfig(image_size=64, patch_size=16, width=64, depth=2, num_heads=2, mlp_dim=128, dtype="float32")
+    clip = ClipConfig(num_frames=4, sampling="uniform", short_side=72, size=64)
+    stage = TrainConfig(steps=100, batch_size=8, optim=adafactor, clip=clip, log_every=10, checkpoint_every=50)
+    return Preset(
+        vlm=VLMConfig(
+            vision=vision,
+            language=T5Config(
+                vocab_size=vocab_size,
+                width=64,
+                encoder_layers=2,
+                decoder_layers=2,
+                num_heads=2,
+                head_dim=32,
+                mlp_dim=128,
+                dtype="float32",
+            ),
+            num_frames=4,
+        ),
+        dual_encoder=DualEncoderConfig(
+            vision=dataclasses.replace(vision, num_frames=4, class_token=True),
+            text=TextTowerConfig(
+                vocab_size=vocab_size, context_length=32, width=64, depth=2, num_heads=2, mlp_dim=128, dtype="float32"
+            ),
+            embed_dim=64,
+        ),
+        visual=dataclasses.replace(stage, trainable=("vision", "projection")),
+        language=dataclasses.replace(stage, trainable=("language",)),
+        contrastive=dataclasses.replace(
+            stage, optim=adamw, clip=dataclasses.replace(clip, crop="random", scale_jitter=(0.9, 1.33))
+        ),
+        prompt_length=32,
+        target_length=32,
+    )
