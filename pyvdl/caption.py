@@ -100,7 +100,7 @@ def clip_seed(record: Record, seed: int) -> int:
 
 
 def encode_prompts(tokenizer: WordTokenizer, prompts: Sequence[str]) -> np.ndarray:
-    """int32[N, L] with L as short as the longest prompt allows (a set of prompts has one shape, whatever the batches)."""
+    """int32[N, L] with L as short as the longest prompt allows: one shape for the set, whatever the batches."""
     ids = tokenizer.encode_batch(prompts, _MAX_PROMPT_TOKENS)
     return ids[:, : max(1, int((ids != PAD_ID).sum(1).max(initial=0)))]
 

@@ -27,7 +27,7 @@ from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer, split_wor
 
 Interval = tuple[float, float]
 RECALL_AT = (1, 5, 10)
-_BLOCK = 1024  # queries ranked at a time: bounds the similarity matrix
+_SLOW_RESAMPLES = 500  # for medians, which have no fast path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class RetrievalScores:
     t2v: dict[str, float]
     v2t: dict[str, float]
     intervals: dict[str, dict[str, Interval]]  # by direction, then as above
-    t2v_ranks: np.ndarray  # int64 of each text
-    v2t_ranks: np.ndarray  # int64 of each video
+    t2v_ranks: np.ndarray  # float64 of each text, from 1
+    v2t_ranks: np.ndarray  # float64 of each video; a failed one ranks last
     failed: int  # videos
 
 
@@ -113,11 +113,11 @@ def evaluate_captions(
         )
     )
     captions = [row.captions[0] if row.captions else "" for row in rows]
-    score, per_item = metrics.cider(captions, [list(record.captions) for record in records])
+    scores = metrics.cider(captions, [list(record.captions) for record in records])
     return CaptionScores(
-        cider=100 * score,
-        interval=_interval(100 * per_item, seed=seed),
-        per_item=100 * per_item,
+        cider=100 * scores.score,
+        interval=metrics.bootstrap_interval(100 * scores.per_item, seed=seed),
+        per_item=100 * scores.per_item,
         captions=captions,
         mean_length=float(np.mean([len(split_words(text)) for text in captions])),
         failed=sum(row.status == "failed" for row in rows),
@@ -148,11 +148,12 @@ def evaluate_questions(
     prompts = encode_prompts(tokenizer, [prompt.format(question=q.question) for q in questions])
     predictions = [""] * len(questions)
     failed = 0
+    clips_at_once = min(batch_size, len(records))
 
     def pairs() -> Iterator[tuple[np.ndarray, int]]:
         """Frames and the question asked about them: a clip is decoded once, whatever number of questions it has."""
         nonlocal failed
-        batches = clip_batches(records, clip=clip, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch)
+        batches = clip_batches(records, clip=clip, batch_size=clips_at_once, num_threads=num_threads, prefetch=prefetch)
         done = 0
         with closing(batches):
             for batch in batches:
@@ -199,7 +200,7 @@ def score_answers(
     failed: int = 0,
     seed: int = 0,
 ) -> QuestionScores:
-    """Scores answers however they were made; `owner` int[Q] says which clip a question belongs to (for the bootstrap)."""
+    """Scores answers however they were made; `owner` int[Q] is the clip of each question (for the bootstrap)."""
     per_question = {
         "exact_match": 100 * metrics.exact_match(predictions, answers),
         "exact_match_normalised": 100 * metrics.exact_match(predictions, answers, normalise=True),
@@ -208,7 +209,9 @@ def score_answers(
     family = np.array(families)
     return QuestionScores(
         **{name: float(values.mean()) for name, values in per_question.items()},
-        intervals={name: _interval(values, groups=owner, seed=seed) for name, values in per_question.items()},
+        intervals={
+            name: metrics.bootstrap_interval(values, clusters=owner, seed=seed) for name, values in per_question.items()
+        },
         by_family={str(f): float(per_question["exact_match"][family == f].mean()) for f in sorted(set(families))},
         predictions=predictions,
         questions=len(predictions),
@@ -291,31 +294,39 @@ def evaluate_retrieval(
             raise ValueError(f"{videos} videos and {texts} texts do not pair up one to one: pass video_of_text")
         video_of_text = np.arange(videos)
     bad = np.isnan(video_embeddings).any(axis=1)
-    clean = np.where(bad[:, None], 0, video_embeddings)
-    t2v = np.empty(texts, np.int64)
-    for start in range(0, texts, _BLOCK):
-        scores = text_embeddings[start : start + _BLOCK] @ clean.T
-        scores[:, bad] = -np.inf
-        owner = video_of_text[start : start + _BLOCK]
-        t2v[start : start + _BLOCK] = (scores >= scores[np.arange(len(owner)), owner][:, None]).sum(1)
-    v2t = np.empty(videos, np.int64)
-    for start in range(0, videos, _BLOCK):
-        scores = clean[start : start + _BLOCK] @ text_embeddings.T
-        own = video_of_text == np.arange(start, start + len(scores))[:, None]
-        if not own.any(1).all():
-            raise ValueError(f"video {start + int(np.flatnonzero(~own.any(1))[0])} has no text")
-        best = np.where(own, scores, -np.inf).max(1)
-        v2t[start : start + _BLOCK] = 1 + ((scores >= best[:, None]) & ~own).sum(1)
-    v2t[bad] = texts
-    ranks = {"t2v": (t2v, video_of_text), "v2t": (v2t, np.arange(videos))}
-    values, intervals = {}, {}
-    for direction, (found, groups) in ranks.items():
-        hits = {f"R@{k}": 100.0 * (found <= k) for k in RECALL_AT}
-        values[direction] = {name: float(hit.mean()) for name, hit in hits.items()}
-        values[direction]["median_rank"] = float(np.median(found))
-        intervals[direction] = {name: _interval(hit, groups=groups, seed=seed) for name, hit in hits.items()}
-        intervals[direction]["median_rank"] = _interval(found, groups=groups, statistic=np.median, seed=seed)
-    return RetrievalScores(**values, intervals=intervals, t2v_ranks=t2v, v2t_ranks=v2t, failed=int(bad.sum()))
+    similarity = np.where(bad[:, None], 0, video_embeddings) @ text_embeddings.T
+    similarity[bad] = -np.inf
+    owners = np.asarray(video_of_text)
+    found = {
+        "t2v": (metrics.recall_at_k(similarity.T, ks=RECALL_AT, query_groups=owners), owners),
+        "v2t": (metrics.recall_at_k(similarity, ks=RECALL_AT, candidate_groups=owners), np.arange(videos)),
+    }
+    values: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
+    for direction, (scores, video) in found.items():
+        hits = {f"R@{k}": 100 * hit * ~bad[video] for k, hit in scores.per_query.items()}
+        values[direction] = {name: float(hit.mean()) for name, hit in hits.items()} | {
+            "median_rank": scores.median_rank
+        }
+        intervals[direction] = {
+            name: metrics.bootstrap_interval(hit, clusters=video, seed=seed) for name, hit in hits.items()
+        } | {
+            "median_rank": metrics.bootstrap_interval(
+                scores.ranks, statistic=_median, clusters=video, resamples=_SLOW_RESAMPLES, seed=seed
+            )
+        }
+    return RetrievalScores(
+        t2v=values["t2v"],
+        v2t=values["v2t"],
+        intervals=intervals,
+        t2v_ranks=found["t2v"][0].ranks,
+        v2t_ranks=found["v2t"][0].ranks,
+        failed=int(bad.sum()),
+    )
+
+
+def _median(ranks: np.ndarray) -> float:
+    return float(np.median(ranks))
 
 
 def class_embeddings(
@@ -339,20 +350,15 @@ def class_embeddings(
 def evaluate_zero_shot(
     video_embeddings: np.ndarray, class_embeddings: np.ndarray, labels: np.ndarray | Sequence[int], *, seed: int = 0
 ) -> ZeroShotScores:
-    """Top-1 and top-5 accuracy; float32[N, E] (NaN rows failed) against float32[C, E], labels int[N]. Ties are misses."""
+    """Top-1 and top-5 accuracy: float32[N, E] (NaN rows failed) against float32[C, E], labels int[N]."""
     labels = np.asarray(labels)
-    if labels.shape != (len(video_embeddings),) or labels.min() < 0 or labels.max() >= len(class_embeddings):
-        raise ValueError(
-            f"labels of shape {labels.shape}: expected one of 0..{len(class_embeddings) - 1} for each clip"
-        )
     bad = np.isnan(video_embeddings).any(axis=1)
-    scores = np.where(bad[:, None], 0, video_embeddings) @ class_embeddings.T
-    rank = (scores >= scores[np.arange(len(labels)), labels][:, None]).sum(1)
-    rank[bad] = len(class_embeddings) + 5  # beyond every k
-    hits = {f"top{k}": 100.0 * (rank <= k) for k in (1, 5)}
+    similarity = np.where(bad[:, None], 0, video_embeddings) @ class_embeddings.T
+    scores = metrics.top_k_accuracy(similarity, labels, ks=(1, 5))
+    hits = {f"top{k}": 100 * hit * ~bad for k, hit in scores.per_query.items()}
     return ZeroShotScores(
         **{name: float(hit.mean()) for name, hit in hits.items()},
-        intervals={name: _interval(hit, seed=seed) for name, hit in hits.items()},
-        predictions=np.where(bad, -1, scores.argmax(1)),
+        intervals={name: metrics.bootstrap_interval(hit, seed=seed) for name, hit in hits.items()},
+        predictions=np.where(bad, -1, similarity.argmax(1)),
         failed=int(bad.sum()),
     )
