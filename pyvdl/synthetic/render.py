@@ -1,0 +1,120 @@
+"""Draws scenes: textured sprites over moving, noisy backgrounds, as uint8 RGB frames."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from pyvdl.synthetic.scene import DIGITS, SPRITE, Scene, Sprite, states
+
+RGB = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 215, 50),
+    "purple": (150, 50, 190),
+    "orange": (240, 140, 30),
+    "white": (240, 240, 240),
+    "cyan": (60, 210, 220),
+}
+TINTS = {"grass": (58, 82, 46), "sand": (150, 128, 92), "water": (44, 62, 96), "brick": (104, 62, 54)}
+TILE = 64  # pixels of a sprite's own picture before it is scaled
+
+
+@functools.cache
+def _digits() -> dict[str, np.ndarray]:
+    """scikit-learn's handwritten digits of the kinds in use, each float[n, 8, 8] in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    numbers = {"two": 2, "four": 4, "seven": 7, "eight": 8}
+    return {name: data.images[data.target == numbers[name]] / 16.0 for name in DIGITS}
+
+
+def _mask(sprite: Sprite) -> np.ndarray:
+    """float[TILE, TILE] in [0, 1]: where the sprite is."""
+    if sprite.kind in DIGITS:
+        pictures = _digits()[sprite.kind]
+        picture = Image.fromarray((pictures[sprite.texture % len(pictures)] * 255).astype(np.uint8))
+        return np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), dtype=np.float64) / 255.0
+    u = (np.arange(4 * TILE) + 0.5) / (2 * TILE) - 1.0  # four samples a pixel each way, averaged below
+    x, y = np.meshgrid(u, u)
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    if sprite.kind == "disc":
+        inside = radius < 0.95
+    elif sprite.kind == "ring":
+        inside = (radius < 0.97) & (radius > 0.55)
+    elif sprite.kind == "square":
+        inside = np.maximum(abs(x), abs(y)) < 0.82
+    elif sprite.kind == "cross":
+        inside = (np.minimum(abs(x), abs(y)) < 0.28) & (np.maximum(abs(x), abs(y)) < 0.95)
+    elif sprite.kind == "triangle":
+        inside = (y < 0.8) & (abs(x) < (y + 0.95) * 0.55)
+    else:  # star: the radius swings between two values five times around
+        swing = np.abs(np.mod((angle + np.pi / 2) * 5 / (2 * np.pi), 1.0) - 0.5) * 2
+        inside = radius < 0.38 + 0.6 * swing**1.3
+    return inside.reshape(TILE, 4, TILE, 4).mean((1, 3))
+
+
+def draw_sprite(sprite: Sprite) -> Image.Image:
+    """RGBA picture of one sprite: its colour with a pattern of its own (stripes or dots)."""
+    rng = np.random.default_rng(sprite.texture)
+    u = np.arange(TILE) / TILE
+    x, y = np.meshgrid(u, u)
+    turn = rng.uniform(0, np.pi)
+    waves = np.sin(2 * np.pi * rng.uniform(2, 4) * (x * np.cos(turn) + y * np.sin(turn)) + rng.uniform(0, 6))
+    if rng.random() < 0.5:
+        waves = waves * np.sin(2 * np.pi * rng.uniform(2, 4) * (y * np.cos(turn) - x * np.sin(turn)))
+    shade = 0.87 + 0.13 * waves + rng.normal(0, 0.03, x.shape)
+    color = np.asarray(RGB[sprite.color]) * shade[..., None]
+    pixels = np.concatenate([color, 255 * _mask(sprite)[..., None]], axis=-1)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGBA")
+
+
+def draw_background(scene: Scene, size: int) -> np.ndarray:
+    """uint8[2 * size, 2 * size, 3] periodic texture: cloudy noise in the tint of the background, with bricks or ripples."""
+    rng = np.random.default_rng(scene.texture)
+    side = 2 * size
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
+    spectrum = np.fft.rfft2(rng.normal(size=(side, side))) / (frequency + 0.01) ** 1.5
+    clouds = np.fft.irfft2(spectrum, (side, side))
+    shade = 1.0 + 0.22 * clouds / clouds.std()
+    x, y = np.meshgrid(np.arange(side) / side, np.arange(side) / side)
+    if scene.background == "brick":
+        row = np.floor(y * 16)
+        edge = (np.mod(y * 16, 1) < 0.14) | (np.mod(x * 8 + 0.5 * np.mod(row, 2), 1) < 0.07)
+        shade = shade * np.where(edge, 0.6, 1.0)
+    elif scene.background == "water":
+        shade = shade * (1 + 0.2 * np.sin(2 * np.pi * (12 * y + 0.3 * np.sin(2 * np.pi * 3 * x))))
+    elif scene.background == "grass":
+        shade = shade * (1 + 0.25 * np.sin(2 * np.pi * (24 * x + 0.4 * np.sin(2 * np.pi * 5 * y))))
+    return np.clip(np.asarray(TINTS[scene.background]) * shade[..., None], 0, 255).astype(np.uint8)
+
+
+def render(scene: Scene, instants_seconds: Iterable[float], *, size: int) -> Iterator[np.ndarray]:
+    """Yields the frames of `scene` at the given instants as uint8[size, size, 3]."""
+    rng = np.random.default_rng(scene.texture + 1)
+    texture = draw_background(scene, size)
+    noise = rng.normal(0, 6, (4, size, size, 3)).astype(np.int16)
+    pictures = [draw_sprite(sprite) for sprite in scene.sprites]
+    offset = rng.uniform(0, size, 2)
+    for seconds in instants_seconds:
+        dx, dy = (int(offset[k] + scene.drift[k] * size * seconds) % size for k in range(2))
+        frame = Image.fromarray(texture[dy : dy + size, dx : dx + size])
+        for picture, state in zip(pictures, states(scene, seconds), strict=True):
+            side = round(SPRITE * state.scale * size)
+            if state.opacity <= 0.02 or side < 2:
+                continue
+            drawn = picture.resize((side, side), Image.Resampling.BILINEAR)
+            if state.angle_degrees:
+                drawn = drawn.rotate(-state.angle_degrees, Image.Resampling.BILINEAR, expand=True)
+            alpha = drawn.getchannel("A")
+            if state.opacity < 1:
+                alpha = alpha.point([round(v * state.opacity) for v in range(256)])
+            corner = (round(state.x * size - drawn.width / 2), round(state.y * size - drawn.height / 2))
+            frame.paste(drawn.convert("RGB"), corner, alpha)
+        grain = noise[int(rng.integers(4))]
+        yield np.clip(np.asarray(frame, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
