@@ -26,6 +26,7 @@ class ViTConfig:
     num_frames: int = 1  # 1: frames are encoded one by one; >1: joint space-time attention over so many frames
     class_token: bool = False  # stands last in the sequence
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
+    remat: bool = False  # keep only the blocks' inputs for the backward pass and compute the rest again
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +61,7 @@ class T5Config:
     num_buckets: int = 32  # of relative position
     max_distance: int = 128  # tokens; farther ones share the last bucket
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class TextTowerConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

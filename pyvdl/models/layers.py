@@ -1,0 +1,151 @@
+"""Building blocks shared by the towers: depth-stacked blocks, pre-norm transformer block, T5's relative positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from pyvdl.kernels import attention, space_time_attention
+
+
+class Stack(nnx.Module):
+    """`depth` blocks of one kind whose parameters are stacked on axis 0 and run by a scan: one block is compiled.
+
+    The blocks hold parameters only (no dropout, no statistics), so that nothing has to be carried out of the scan.
+    """
+
+    def __init__(
+        self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        self.depth = depth
+        self.remat = remat
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs: nnx.Rngs) -> nnx.Module:
+            return make(rngs)
+
+        self.blocks = create(rngs)
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Applies block after block: x = block(x, *args, **kwargs)."""
+
+        def body(block: Any, x: Array) -> Array:
+            return block(x, *args, **kwargs)
+
+        return self.scan(body, x)
+
+    def scan(self, body: Callable[..., Any], carry: Any, *xs: Any) -> Any:
+        """carry = body(block, carry, *x) over the blocks, with x the slices of `xs` on axis 0."""
+        graphdef, state = nnx.split(self.blocks)
+
+        def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+            block_state, x = inputs
+            return body(nnx.merge(graphdef, block_state), carry, *x), None
+
+        if self.remat:
+            step = jax.checkpoint(step, prevent_cse=False)
+        return jax.lax.scan(step, carry, (state, xs))[0]
+
+
+class Mlp(nnx.Module):
+    """Linear, tanh-approximated GELU, linear."""
+
+    def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.xavier_uniform()
+        self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(nnx.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block with fused query, key and value projection, as in ViT and CLIP."""
+
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.num_heads = num_heads
+        # Each of the three projections is initialised for its own fan-out, not for that of the fused matrix.
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        self.norm_attention = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
+        """x [B, S, E]; `attend` maps q, k, v [B, S, N, D] to [B, S, N, D]."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        x = x + self.out(mixed.reshape(batch, tokens, width))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def relative_buckets(distance: np.ndarray | Array, *, causal: bool, num_buckets: int, max_distance: int) -> Array:
+    """T5's bucket of each distance (key position - query position), int32 of the same shape.
+
+    Half of the buckets are exact small distances, the rest grow logarithmically up to `max_distance`. Without `causal`,
+    one half of all buckets is for keys after the query. Takes and gives NumPy where distances are known ahead.
+    """
+    xp: Any = np if isinstance(distance, np.ndarray) else jnp
+    offset = xp.zeros_like(distance)
+    if causal:
+        distance = xp.maximum(-distance, 0)
+    else:
+        num_buckets //= 2
+        offset = xp.where(distance > 0, num_buckets, 0)
+        distance = xp.abs(distance)
+    exact = num_buckets // 2
+    ratio = xp.log(xp.maximum(distance, 1).astype(xp.float32) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (num_buckets - exact)).astype(xp.int32)
+    return (offset + xp.where(distance < exact, distance, xp.minimum(far, num_buckets - 1))).astype(xp.int32)
+
+
+class RelativeBias(nnx.Module):
+    """T5's learned bias on scores by the relative position of key and query."""
+
+    def __init__(
+        self, num_heads: int, *, causal: bool, num_buckets: int, max_distance: int, init_scale: float, rngs: nnx.Rngs
+    ) -> None:
+        self.causal = causal
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.table = nnx.Param(init_scale * jax.random.normal(rngs.params(), (num_buckets, num_heads)))
+
+    def __call__(self, length: int) -> Array:
+        """float32[1, N, S, S] for queries and keys at positions 0 to S - 1.
+
+        The bias depends on key - query only, so the matrix is laid out from one vector by reshaping: in the backward pass
+        that is a sum over rows, where indexing by a matrix of buckets would be a scatter of S * S updates.
+        """
+        period = 2 * length
+        distance = np.arange(period)
+        distance = np.where(distance < length, distance, distance - period)
+        bucket = relative_buckets(
+            distance, causal=self.causal, num_buckets=self.num_buckets, max_distance=self.max_distance
+        )
+        one_hot = np.eye(self.num_buckets, dtype=np.float32)[np.asarray(bucket)]
+        by_distance = jnp.einsum("pb,bn->np", one_hot, self.table[...], precision=jax.lax.Precision.HIGHEST)
+        rows = jnp.tile(by_distance, (1, length))[:, : length * (period - 1)]
+        return rows.reshape(1, -1, length, period - 1)[..., :length]
+
+    def row(self, position: Array, length: int) -> Array:
+        """float32[1, N, 1, K] for one query at `position` (traced int32) and keys at 0 to K - 1."""
+        bucket = relative_buckets(
+            jnp.arange(length, dtype=jnp.int32) - position,
+            causal=self.causal,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        return self.table[...][bucket].T[None, :, None, :]
+
+
+__all__ = ["Block", "Mlp", "RelativeBias", "Stack", "attention", "relative_buckets", "space_time_attention"]

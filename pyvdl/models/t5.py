@@ -1,0 +1,213 @@
+"""T5 v1.1 style encoder-decoder with a key-value cache for decoding.
+
+RMSNorm before each block, gated MLP, bias on scores by relative position (shared by the layers of a side), no biases in
+projections, no 1/sqrt(D) in attention (the initial scale of queries makes up for it), untied output head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from pyvdl.config import T5Config
+
+from .layers import RelativeBias, Stack, attention
+
+
+def _dense(shape: tuple[int, ...], scale: float, rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+
+
+class GatedMlp(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        self.activation = config.activation
+        self.norm = nnx.RMSNorm(config.width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.up = _dense((config.width, 2 * config.mlp_dim), config.width**-0.5, rngs)  # gate, then value
+        self.down = _dense((config.mlp_dim, config.width), config.mlp_dim**-0.5, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        gate, value = jnp.split(self.norm(x) @ self.up[...].astype(x.dtype), 2, axis=-1)
+        gate = nnx.silu(gate) if self.activation == "silu" else nnx.gelu(gate, approximate=True)
+        return (gate * value) @ self.down[...].astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        width, heads, head_dim = config.width, config.num_heads, config.head_dim
+        self.heads = (heads, head_dim)
+        self.norm = nnx.RMSNorm(width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        scale = jnp.asarray([(width * head_dim) ** -0.5, width**-0.5, width**-0.5])
+        qkv = jax.random.normal(rngs.params(), (width, 3, heads * head_dim)) * scale[:, None]
+        self.qkv = nnx.Param(qkv.reshape(width, 3 * heads * head_dim))
+        self.out = _dense((heads * head_dim, width), (heads * head_dim) ** -0.5, rngs)
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """[B, S, E] -> q, k, v [B, S, N, D]."""
+        qkv = (self.norm(x) @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], 3, *self.heads)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def merge(self, mixed: Array) -> Array:
+        """[B, S, N, D] -> [B, S, E]."""
+        return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
+
+
+class CrossAttention(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        width, heads, head_dim = config.width, config.num_heads, config.head_dim
+        self.heads = (heads, head_dim)
+        self.norm = nnx.RMSNorm(width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.query = _dense((width, heads * head_dim), (width * head_dim) ** -0.5, rngs)
+        self.key_value = _dense((width, 2 * heads * head_dim), width**-0.5, rngs)
+        self.out = _dense((heads * head_dim, width), (heads * head_dim) ** -0.5, rngs)
+
+    def keys_values(self, memory: Array) -> tuple[Array, Array]:
+        """[B, S, E] -> k, v [B, S, N, D]."""
+        kv = (memory @ self.key_value[...].astype(memory.dtype)).reshape(*memory.shape[:2], 2, *self.heads)
+        return kv[:, :, 0], kv[:, :, 1]
+
+    def __call__(self, x: Array, keys: Array, values: Array, lengths: Array) -> Array:
+        """x [B, M, E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid."""
+        q = (self.norm(x) @ self.query[...].astype(x.dtype)).reshape(*x.shape[:2], *self.heads)
+        mixed = attention(q, keys, values, kv_lengths=lengths, scale=1.0)
+        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
+
+
+class EncoderBlock(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.mlp = GatedMlp(config, rngs=rngs)
+
+    def __call__(self, x: Array, bias: Array, lengths: Array) -> Array:
+        q, k, v = self.attention.project(x)
+        x = x + self.attention.merge(attention(q, k, v, bias=bias, kv_lengths=lengths, scale=1.0))
+        return x + self.mlp(x)
+
+
+class DecoderBlock(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.cross = CrossAttention(config, rngs=rngs)
+        self.mlp = GatedMlp(config, rngs=rngs)
+
+    def __call__(self, x: Array, memory: Array, bias: Array, lengths: Array) -> Array:
+        q, k, v = self.attention.project(x)
+        x = x + self.attention.merge(attention(q, k, v, causal=True, bias=bias, scale=1.0))
+        x = x + self.cross(x, *self.cross.keys_values(memory), lengths)
+        return x + self.mlp(x)
+
+
+class Cache(NamedTuple):
+    """What decoding carries from token to token. The samples of a clip share its memory: it is held once a clip."""
+
+    keys: Array  # [layers, B * n, M, N, D] of the tokens decoded so far
+    values: Array  # [layers, B * n, M, N, D]
+    memory_keys: Array  # [layers, B, S, N, D]
+    memory_values: Array  # [layers, B, S, N, D]
+    memory_lengths: Array  # int32[B]
+    index: Array  # int32[], tokens decoded so far
+
+
+class T5(nnx.Module):
+    """Encoder-decoder; token ids 0 (padding, decoder start) and 1 (end) are the caller's business."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        self.embedding = _dense((config.vocab_size, config.width), 1.0, rngs)
+        bias = functools.partial(
+            RelativeBias,
+            config.num_heads,
+            num_buckets=config.num_buckets,
+            max_distance=config.max_distance,
+            init_scale=config.width**-0.5,
+            rngs=rngs,
+        )
+        norm = functools.partial(nnx.RMSNorm, config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.encoder_bias = bias(causal=False)
+        self.encoder = Stack(
+            lambda rngs: EncoderBlock(config, rngs=rngs), config.encoder_layers, remat=config.remat, rngs=rngs
+        )
+        self.encoder_norm = norm()
+        self.decoder_bias = bias(causal=True)
+        self.decoder = Stack(
+            lambda rngs: DecoderBlock(config, rngs=rngs), config.decoder_layers, remat=config.remat, rngs=rngs
+        )
+        self.decoder_norm = norm()
+        self.head = _dense((config.width, config.vocab_size), config.width**-0.5, rngs)
+
+    def embed(self, ids: Array) -> Array:
+        """int32[...] -> [..., E]."""
+        return self.embedding[...].astype(self.config.dtype)[ids]
+
+    def encode(self, x: Array, mask: Array) -> Array:
+        """[B, S, E] and bool[B, S], True for tokens and False for the padding after them -> [B, S, E]."""
+        x = x.astype(self.config.dtype)
+        bias = self.encoder_bias(x.shape[1])
+        return self.encoder_norm(self.encoder(x, bias, _lengths(mask)))
+
+    def decode(self, ids: Array, memory: Array, memory_mask: Array) -> Array:
+        """int32[B, M] already shifted right, [B, S, E], bool[B, S] -> float32 logits [B, M, V]."""
+        bias = self.decoder_bias(ids.shape[1])
+        x = self.decoder(self.embed(ids), memory.astype(self.config.dtype), bias, _lengths(memory_mask))
+        return self._logits(x)
+
+    def start_cache(self, memory: Array, memory_mask: Array, num_samples: int, length: int) -> Cache:
+        """Cache for `num_samples` continuations of up to `length` tokens of each row of memory [B, S, E]."""
+        config = self.config
+        memory = memory.astype(config.dtype)
+        kernels = self.decoder.blocks.cross.key_value[...].astype(config.dtype)
+        kv = jnp.einsum("bse,leh->lbsh", memory, kernels)
+        kv = kv.reshape(*kv.shape[:3], 2, config.num_heads, config.head_dim)
+        memory_keys, memory_values = kv[:, :, :, 0], kv[:, :, :, 1]
+        shape = (config.decoder_layers, memory.shape[0] * num_samples, length, config.num_heads, config.head_dim)
+        zeros = jnp.zeros(shape, config.dtype)
+        return Cache(zeros, zeros, memory_keys, memory_values, _lengths(memory_mask), jnp.zeros((), jnp.int32))
+
+    def decode_step(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+        """int32[B, n], one token of each sample -> float32 logits [B, n, V] of the next one, and the cache with it."""
+        batch, samples = ids.shape
+        index, length = cache.index, cache.keys.shape[2]
+        bias = self.decoder_bias.row(index, length)
+        lengths = jnp.full((batch * samples,), index + 1)
+
+        def step(
+            block: DecoderBlock,
+            carry: tuple[Array, Array, Array],
+            layer: Array,
+            memory_keys: Array,
+            memory_values: Array,
+        ) -> tuple[Array, Array, Array]:
+            x, keys, values = carry  # x [B * n, 1, E]
+            q, k, v = block.attention.project(x)
+            # The caches are carried whole and written in place, one token of one layer at a time.
+            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, index, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, index, 0, 0))
+            mixed = attention(q, keys[layer], values[layer], kv_lengths=lengths, bias=bias, scale=1.0)
+            x = x + block.attention.merge(mixed)
+            # The samples of a clip are the queries of one attention over its memory.
+            shared = x.reshape(batch, samples, -1)
+            shared = shared + block.cross(shared, memory_keys, memory_values, cache.memory_lengths)
+            x = shared.reshape(x.shape)
+            return x + block.mlp(x), keys, values
+
+        x = self.embed(ids).reshape(batch * samples, 1, -1)
+        layers = jnp.arange(self.config.decoder_layers)
+        x, keys, values = self.decoder.scan(
+            step, (x, cache.keys, cache.values), layers, cache.memory_keys, cache.memory_values
+        )
+        logits = self._logits(x.reshape(batch, samples, -1))
+        return logits, cache._replace(keys=keys, values=values, index=index + 1)
+
+    def _logits(self, x: Array) -> Array:
+        x = self.decoder_norm(x)
+        return jnp.einsum("...e,ev->...v", x, self.head[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _lengths(mask: Array) -> Array:
+    """bool[B, S] -> int32[B], one past the last True."""
+    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
