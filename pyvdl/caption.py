@@ -26,7 +26,7 @@ from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, PAD_ID, WordTokenizer
 from pyvdl.video import ClipLoader, ClipRequest
 
-Progress = Callable[[int, int], None]  # (done, total), called now and then
+ProgressCallback = Callable[[int, int], None]  # (done, total), called now and then
 JOB_FILE = "job.json"
 _SHARD_NAME = re.compile(r"captions-(\d{5})-of-(\d{5})\.jsonl")
 _MAX_PROMPT_TOKENS = 256
@@ -120,7 +120,7 @@ def caption_records(
     batch_size: int = 8,
     num_threads: int = 2,
     prefetch: int = 2,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Generator[CaptionRow]:
     """Yields one row for each record, in order; a clip that cannot be decoded is a row with status "failed".
 
@@ -203,7 +203,7 @@ def caption_job(
     *,
     model_id: str,
     shard_size: int = 1000,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     clip: ClipConfig,
     **options: Any,
 ) -> JobSummary:
@@ -222,7 +222,7 @@ def caption_job(
     recipe = {"model": model_id, "records": len(records), "records_sha256": _digest(records), "shard_size": shard_size}
     scheduling = {"batch_size", "num_threads", "prefetch"}  # how the work runs, not what comes out
     recipe |= {"clip": dataclasses.asdict(clip)} | {k: v for k, v in options.items() if k not in scheduling}
-    _claim(folder / JOB_FILE, recipe)
+    claim(folder / JOB_FILE, recipe)
 
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     waiting = [record for i in todo for record in records[i * shard_size : (i + 1) * shard_size]]
@@ -244,7 +244,7 @@ def _digest(records: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
-def _claim(path: Path, recipe: dict[str, Any]) -> None:
+def claim(path: Path, recipe: dict[str, Any]) -> None:
     """Writes the recipe of a new job, or holds it against that of the job found there."""
     recipe = json.loads(json.dumps(recipe))  # tuples become lists, as in what is read back
     if not path.exists():

@@ -1,0 +1,203 @@
+"""The method's trainings as functions from a manifest to a folder: two stages of the VLM, then the dual encoder.
+
+Each writes `out/run.json` (what was asked for), its checkpoints and metrics, and at the end `out/model`. The same call
+again goes on where the last one stopped; another call on the same folder is refused with the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+
+from pyvdl import config as settings
+from pyvdl.caption import claim
+from pyvdl.checkpoint import load_model, save_model
+from pyvdl.config import ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
+from pyvdl.data import Batches, Record
+from pyvdl.instruct import describe
+from pyvdl.models.dual_encoder import DualEncoder
+from pyvdl.models.vlm import VLM
+from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
+from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
+
+Stage = Literal["visual", "language"]
+Encode = Callable[[Record, np.random.Generator], dict[str, np.ndarray]]
+PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "paper": settings.paper}
+RUN_FILE = "run.json"
+# How a run is done, not what comes out: these may differ when it is resumed.
+_FREE = {"num_threads", "prefetch", "log_every", "checkpoint_every", "keep_checkpoints"}
+
+
+def short_captions(tokenizer: WordTokenizer, *, prompt_length: int, target_length: int) -> Encode:
+    """The visual stage's data: the caption task prompt, and one caption of the clip drawn at random."""
+    prompt = tokenizer.encode(CAPTION_PROMPT, prompt_length)
+
+    def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        text = record.captions[rng.integers(len(record.captions))]
+        return {"prompt": prompt, "target": tokenizer.encode(text, target_length)}
+
+    return encode
+
+
+def instructions(tokenizer: WordTokenizer, *, prompt_length: int, target_length: int) -> Encode:
+    """The language stage's data: one question, caption or description of the clip, each drawn equally often."""
+
+    def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        pairs = [(QUESTION_PROMPT.format(question=q.question), q.answer) for q in record.questions]
+        pairs += [(CAPTION_PROMPT, caption) for caption in record.captions]
+        pairs += [(DETAIL_PROMPT, describe(record.narrative))] if record.narrative else []
+        prompt, target = pairs[rng.integers(len(pairs))]
+        return {
+            "prompt": tokenizer.encode(prompt, prompt_length),
+            "target": tokenizer.encode(target, target_length),
+        }
+
+    return encode
+
+
+def one_text(tokenizer: WordTokenizer, *, length: int) -> Encode:
+    """The dual encoder's data: one caption of the clip drawn at random."""
+
+    def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        text = record.captions[rng.integers(len(record.captions))]
+        return {"text": tokenizer.encode(text, length, bos=True)}
+
+    return encode
+
+
+def model_clip(config: VLMConfig | DualEncoderConfig, clip: ClipConfig | None = None) -> ClipConfig:
+    """`clip` with the frames and pixels this model reads; the short side stays as much larger than the crop."""
+    clip = clip or ClipConfig()
+    size = config.vision.image_size
+    frames = config.num_frames if isinstance(config, VLMConfig) else config.vision.num_frames
+    short_side = round(clip.short_side * size / clip.size)
+    fps = config.fps if isinstance(config, VLMConfig) else clip.fps
+    return dataclasses.replace(clip, num_frames=frames, size=size, short_side=short_side, fps=fps)
+
+
+def adapt(
+    stage: Stage,
+    records: Sequence[Record],
+    out: str | os.PathLike[str],
+    *,
+    start: str | os.PathLike[str] | None = None,
+    preset: str = "toy",
+    assignments: Iterable[str] = (),
+) -> History:
+    """Trains one stage of the VLM on `records` into `out`.
+
+    "visual" trains the vision tower and the projection on short captions, "language" the language model on questions,
+    captions and descriptions; the rest is frozen (paper, section 4). `start` is a saved VLM; without it a random one
+    of the preset begins. `assignments` are `a.b=c` changes of the preset's TrainConfig, `model.a.b=c` of a new model.
+    """
+    if stage == "visual":
+        records = [record for record in records if record.captions]
+    else:
+        records = [record for record in records if record.questions or record.captions or record.narrative]
+    texts = [text for record in records for text in _texts(record)]
+    model, tokenizer, sizes, config = _begin(
+        VLM, texts, start, preset, assignments, lambda p: p.visual if stage == "visual" else p.language
+    )
+    lengths = {"prompt_length": sizes.prompt_length, "target_length": sizes.target_length}
+    encode = (short_captions if stage == "visual" else instructions)(tokenizer, **lengths)
+    asked = {"job": f"adapt {stage}", "preset": preset, "start": None if start is None else os.fspath(start)}
+    return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked)
+
+
+def train(
+    records: Sequence[Record],
+    out: str | os.PathLike[str],
+    *,
+    start: str | os.PathLike[str] | None = None,
+    preset: str = "toy",
+    assignments: Iterable[str] = (),
+) -> History:
+    """Trains the dual encoder on the captions of `records` (one drawn at random a step) into `out`; else as `adapt`."""
+    records = [record for record in records if record.captions]
+    texts = [text for record in records for text in record.captions]
+    model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
+    encode = one_text(tokenizer, length=model.config.text.context_length)
+    asked = {"job": "train", "preset": preset, "start": None if start is None else os.fspath(start)}
+    return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked)
+
+
+def _texts(record: Record) -> list[str]:
+    asked = [text for q in record.questions for text in (QUESTION_PROMPT.format(question=q.question), q.answer)]
+    detail = [describe(record.narrative)] if record.narrative else []
+    return [CAPTION_PROMPT, DETAIL_PROMPT, *record.captions, *asked, *detail]
+
+
+def _begin[M: (VLM, DualEncoder)](
+    kind: type[M],
+    texts: Sequence[str],
+    start: str | os.PathLike[str] | None,
+    preset: str,
+    assignments: Iterable[str],
+    recipe: Callable[[Preset], TrainConfig],
+) -> tuple[M, WordTokenizer, Preset, TrainConfig]:
+    """The model and tokenizer to start from, and the settings with their changes."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    if not texts:
+        raise ValueError("no record of the manifest has the texts this training needs")
+    changes = list(assignments)
+    of_model = [change.removeprefix("model.") for change in changes if change.startswith("model.")]
+    of_run = [change for change in changes if not change.startswith("model.")]
+    if start is not None:
+        if of_model:
+            raise ValueError(f"model.{of_model[0]}: the shape of a saved model cannot be changed")
+        found, tokenizer = load_model(start)
+        if not isinstance(found, kind):
+            raise ValueError(f"{os.fspath(start)} holds a {type(found).__name__}, not a {kind.__name__}")
+        model, sizes = found, PRESETS[preset](tokenizer.vocab_size)
+        config = settings.override(recipe(sizes), of_run)
+    else:
+        tokenizer = WordTokenizer.from_texts(texts)
+        sizes = PRESETS[preset](tokenizer.vocab_size)
+        config = settings.override(recipe(sizes), of_run)
+        shape: Any = sizes.vlm if kind is VLM else sizes.dual_encoder
+        model = kind(settings.override(shape, of_model), rngs=nnx.Rngs(config.seed))
+    return model, tokenizer, sizes, dataclasses.replace(config, clip=model_clip(model.config, config.clip))
+
+
+def _run(
+    model: VLM | DualEncoder,
+    tokenizer: WordTokenizer,
+    loss: Callable[..., Any],
+    records: Sequence[Record],
+    encode: Encode,
+    config: TrainConfig,
+    out: Path,
+    asked: dict[str, Any],
+) -> History:
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    shape = dataclasses.asdict(model.config)
+    claim(out / RUN_FILE, asked | {"data_sha256": _digest(records), "model": shape, "train": kept})
+    batches = Batches(
+        records,
+        encode=encode,
+        clip=config.clip,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_threads=config.num_threads,
+        prefetch=config.prefetch,
+    )
+    history = fit(model, loss, batches, config, workdir=out, name=asked["job"])
+    save_model(out / "model", model, model.config, tokenizer)
+    return history
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
