@@ -52,9 +52,10 @@ def space_time_attention(
 ) -> Array:
     """Attention among the tokens of a clip.
 
-    Tokens are ordered frame by frame, then the class token if there is one: S = T*P + class_tokens. Modes: "joint", all
-    tokens attend to all; "space", a patch attends to the patches of its frame; "time", a patch attends to the patches at
-    its place in all frames. In "space" and "time" patches attend to the class token too, and the class token to all.
+    Tokens are ordered frame by frame, then the class token if there is one: S = T*P + class_tokens. Modes: "joint",
+    all tokens attend to all; "space", a patch attends to the patches of its frame; "time", a patch attends to the
+    patches at its place in all frames. In "space" and "time" patches attend to the class token too, and the class
+    token to all.
 
     Args:
         q, k, v: [B, S, N, D] of one floating type. Softmax statistics are float32.

@@ -27,7 +27,7 @@ def _softmax(scores: Array, allowed: Array) -> Array:
 
 
 def space_time_mask(frames: int, patches: int, mode: str, class_tokens: int) -> Array:
-    """bool[S, S]: may the row's token attend to the column's. Patches are ordered frame by frame, the class token is last."""
+    """bool[S, S]: may the row's token attend to the column's. Patches stand frame by frame, the class token last."""
     index = jnp.arange(frames * patches)
     if mode == "joint":
         group = jnp.zeros_like(index)

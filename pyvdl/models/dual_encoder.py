@@ -89,21 +89,20 @@ def inflate(
 ) -> DualEncoder:
     """A video dual encoder of `num_frames` with the image model's weights and a new temporal embedding.
 
-    "random" is the paper's start; with "zero" a clip of one frame repeated gets the image model's embedding of it.
+    "random" is the paper's start. The class token, where there is one, sees `num_frames` times the patches that it saw
+    in the image model, so that even with "zero" a repeated frame does not get exactly the image model's embedding.
     """
     if image_model.config.vision.num_frames != 1:
         raise ValueError(
             f"inflate wants vision.num_frames 1 (an image model), not {image_model.config.vision.num_frames}"
         )
-    if num_frames < 2:
-        raise ValueError(f"num_frames must be at least 2, not {num_frames}")
     if temporal not in ("zero", "random"):
         raise ValueError(f"temporal must be 'zero' or 'random', not {temporal!r}")
     vision = dataclasses.replace(image_model.config.vision, num_frames=num_frames)
     model = DualEncoder(dataclasses.replace(image_model.config, vision=vision), rngs=rngs)
     # Copies: training donates its model's buffers, and the image model must outlive that.
     nnx.update(model, jax.tree.map(jnp.copy, nnx.state(image_model)))
-    if temporal == "zero":
+    if temporal == "zero" and num_frames > 1:
         model.vision.temporal[...] = jnp.zeros_like(model.vision.temporal[...])
     return model
 

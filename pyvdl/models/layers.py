@@ -123,8 +123,8 @@ class RelativeBias(nnx.Module):
     def __call__(self, length: int) -> Array:
         """float32[1, N, S, S] for queries and keys at positions 0 to S - 1.
 
-        The bias depends on key - query only, so the matrix is laid out from one vector by reshaping: in the backward pass
-        that is a sum over rows, where indexing by a matrix of buckets would be a scatter of S * S updates.
+        The bias depends on key - query only, so the matrix is laid out from one vector by reshaping: in the backward
+        pass that is a sum over rows, where indexing by a matrix of buckets would be a scatter of S * S updates.
         """
         period = 2 * length
         distance = np.arange(period)

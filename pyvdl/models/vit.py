@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -25,8 +24,8 @@ def patchify(frames: Array, patch_size: int) -> Array:
 class ViT(nnx.Module):
     """Pre-norm vision transformer; the class token, where there is one, stands last.
 
-    With `config.num_frames` above 1, all patches of all frames attend to each other, and a temporal embedding is added to
-    the spatial one; the class token has no place in space or time.
+    With `config.num_frames` above 1, all patches of all frames attend to each other, and a temporal embedding is added
+    to the spatial one; the class token has no place in space or time.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:

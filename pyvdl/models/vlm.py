@@ -13,7 +13,7 @@ from .vit import ViT
 
 
 class VLM(nnx.Module):
-    """Frames go through `vision` one by one; the tokens of all frames, projected, stand before the prompt (section 4.1)."""
+    """Frames go through `vision` one by one; their tokens, projected, stand before the prompt (paper, section 4.1)."""
 
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs) -> None:
         if config.vision.num_frames != 1:
