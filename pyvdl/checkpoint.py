@@ -1,0 +1,258 @@
+"""Checkpoints of a training run and saved models, both through Orbax.
+
+Every tree is written as a flat dict from a dotted name ("vision.blocks.kernel") to an array, so that what lies on disk
+depends on the names of a model's parts and not on the classes of the library that held them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import typing
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+import pyvdl
+from pyvdl.config import DualEncoderConfig, VLMConfig
+from pyvdl.text import WordTokenizer
+
+if TYPE_CHECKING:
+    from pyvdl.models.dual_encoder import DualEncoder
+    from pyvdl.models.vlm import VLM
+
+_CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEncoderConfig}
+
+
+class Checkpointer:
+    """Saves the state of a training run under `workdir`/checkpoints/STEP and keeps the newest `keep` of them.
+
+    Saving is asynchronous: `save` returns when the arrays are on the host. A checkpoint gets its final name only when it
+    is whole, so one that a crash cut short is never restored.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: expected 1 or more checkpoints")
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Steps done at the newest whole checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, model_state: Any, opt_state: Any, data_state: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; `data_state` must be what JSON can hold."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(_flatten(model_state)),
+                optimizer=ocp.args.StandardSave(_flatten(opt_state)),
+                data=ocp.args.JsonSave(data_state),
+            ),
+        )
+
+    def restore_latest(self, model_state: Any, opt_state: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """Returns (step, model_state, opt_state, data_state) of the newest whole checkpoint, None when there is none.
+
+        The arguments are templates: trees of arrays with the shapes, types and shardings wanted. Raises ValueError when
+        the checkpoint was written by a run of another shape.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        found = self._manager.item_metadata(step)
+        for name, wanted in (("model", model_state), ("optimizer", opt_state)):
+            _check_same_names(f"{self.directory / str(step)}, {name}", found[name], _flatten(wanted))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_abstract(model_state)),
+                optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return step, _unflatten(restored.model, model_state), _unflatten(restored.optimizer, opt_state), restored.data
+
+    def wait(self) -> None:
+        """Returns when every checkpoint begun is whole on disk; raises what its writing raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the writer's threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def save_model(
+    path: str | os.PathLike[str], model: nnx.Module, config: VLMConfig | DualEncoderConfig, tokenizer: WordTokenizer
+) -> None:
+    """Writes a directory with config.json, tokenizer.json and the parameters; it appears whole or not at all.
+
+    A directory already at `path` is replaced after the new one is complete.
+    """
+    if type(config).__name__ not in _CONFIGS:
+        raise ValueError(f"config is a {type(config).__name__}: expected one of {', '.join(_CONFIGS)}")
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        description = {
+            "pyvdl": pyvdl.__version__,
+            "class": type(config).__name__,
+            "config": dataclasses.asdict(config),
+        }
+        (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(temporary / "tokenizer.json")
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(temporary / "params", _flatten(nnx.state(model)))
+        _replace_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, WordTokenizer]:
+    """Reads what `save_model` wrote. Raises ValueError naming what the directory lacks."""
+    source = Path(path).absolute()
+    for name in ("config.json", "tokenizer.json", "params"):
+        if not (source / name).exists():
+            raise ValueError(f"{source} is not a saved model: it has no {name}")
+    config = load_config(source)
+    graph, state = nnx.split(nnx.eval_shape(lambda: _build(config)))
+    with ocp.StandardCheckpointer() as reader:
+        restored = reader.restore(source / "params", _abstract(state))
+    return nnx.merge(graph, _unflatten(restored, state)), WordTokenizer.load(source / "tokenizer.json")
+
+
+def load_config(path: str | os.PathLike[str]) -> VLMConfig | DualEncoderConfig:
+    """Reads only the settings of a saved model."""
+    source = Path(path) / "config.json"
+    found = json.loads(source.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.get("class") not in _CONFIGS:
+        raise ValueError(f"{source}: expected an object whose class is one of {', '.join(_CONFIGS)}")
+    return _from_dict(_CONFIGS[found["class"]], found["config"], str(source))
+
+
+def _build(config: VLMConfig | DualEncoderConfig) -> VLM | DualEncoder:
+    if isinstance(config, VLMConfig):
+        from pyvdl.models.vlm import VLM
+
+        return VLM(config, rngs=nnx.Rngs(0))
+    from pyvdl.models.dual_encoder import DualEncoder
+
+    return DualEncoder(config, rngs=nnx.Rngs(0))
+
+
+def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(hints))}"
+        )
+    return kind(
+        **{
+            name: _from_dict(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _replace_directory(temporary: Path, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(aside)
+    temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Returns dotted name -> array; random keys become their data, which is what Orbax can write."""
+    result = {}
+    for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = _name(path)
+        if name in result:
+            raise ValueError(f"two arrays of the state share the name {name!r}")
+        result[name] = _key_data(value)
+    return result
+
+
+def _unflatten(values: dict[str, Any], like: Any) -> Any:
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    leaves = []
+    for path, wanted in paths:
+        value = values[_name(path)]
+        if _is_key(wanted):
+            value = jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(wanted)))
+        leaves.append(value)
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def _abstract(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, types and shardings that a restore needs; arrays without a sharding go to the default device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(value: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(value, "sharding", None) or here
+        if _is_key(value):
+            data = jax.eval_shape(jax.random.key_data, value)
+            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=here)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    return {_name(path): describe(value) for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _check_same_names(where: str, found: Any, wanted: dict[str, Any]) -> None:
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or extra:
+        raise ValueError(
+            f"{where}: written by another run; it lacks {missing[:3]} and has {extra[:3]} too much. "
+            "Use the model and settings it was started with, or another workdir"
+        )
+    for name, value in wanted.items():
+        if tuple(found[name].shape) != tuple(value.shape):
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(found[name].shape)}, the model wants {tuple(value.shape)}"
+            )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]  # an nnx.Variable's own content
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_key(value: Any) -> bool:
+    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(value: Any) -> Any:
+    return jax.random.key_data(value) if _is_key(value) else value

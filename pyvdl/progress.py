@@ -1,0 +1,66 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_LINE_SECONDS = 15.0  # between plain lines that nobody asked for
+
+
+class Progress:
+    """Shows how many of `total` units of the work `name` are done; writes to stderr.
+
+    On a terminal one bar moves. Elsewhere `note` prints a line and `advance` prints one now and then. `enabled=False`
+    shows nothing.
+    """
+
+    def __init__(self, name: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
+        self.name, self.total, self.done = name, total, done
+        self._enabled = enabled
+        self._last_line_time = time.monotonic()
+        self._bar: Bar | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done, note="")
+
+    def advance(self, count: int = 1) -> None:
+        """Counts `count` more units as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+        elif self._enabled and time.monotonic() - self._last_line_time > _LINE_SECONDS:
+            self.note("")
+
+    def note(self, text: str) -> None:
+        """Shows `text` beside the count."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=text)
+        elif self._enabled:
+            self._last_line_time = time.monotonic()
+            print(f"{self.name} {self.done}/{self.total}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

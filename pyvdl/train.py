@@ -1,0 +1,390 @@
+"""The training loop: freezing by part, logging, checkpoints and exact resume; and the two losses of the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from pyvdl import kernels
+from pyvdl.checkpoint import Checkpointer
+from pyvdl.config import TrainConfig
+from pyvdl.optim import make_optimizer, make_schedule
+from pyvdl.progress import Progress
+from pyvdl.sharding import make_mesh, put_batch, replicate, replicated
+from pyvdl.text import PAD_ID
+
+Batch = dict[str, jax.Array]
+LossFunction = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+_HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
+
+
+class BatchSource(Protocol):
+    """What `fit` reads: `pyvdl.data.Batches`, or any iterator whose position can be saved."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the batch handed out last, as JSON can hold it."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position that `get_state` returned."""
+
+
+@dataclasses.dataclass
+class History:
+    """What a run did, earlier runs that it resumed included. Times leave out the first step (compilation) of each."""
+
+    steps: np.ndarray  # int64[N], counted from 1
+    losses: np.ndarray  # float32[N]
+    grad_norms: np.ndarray  # float32[N]
+    seconds: float
+    wait_seconds: float  # of `seconds`, in which the device had nothing to do because the next batch was not there
+    compile_seconds: float
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time in which the model waited for data."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+
+def fit(
+    model: nnx.Module,
+    loss_fn: LossFunction,
+    batches: BatchSource,
+    config: TrainConfig,
+    *,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    name: str = "train",
+) -> History:
+    """Trains `model` in place for `config.steps` steps and returns what happened.
+
+    `loss_fn(model, batch)` returns the loss and a dict of scalars to log. Only parameters below the prefixes
+    `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run writes
+    metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes it save
+    and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early, FloatingPointError
+    when the loss or the gradient is no longer finite.
+    """
+    for setting in ("steps", "log_every", "checkpoint_every"):
+        if getattr(config, setting) < 1:
+            raise ValueError(f"{setting}={getattr(config, setting)}: expected 1 or more")
+    mesh = make_mesh()
+    graph, params, frozen, rest = nnx.split(model, _trainable(model, config.trainable), nnx.Param, ...)
+    params, rest = replicate(params, mesh), replicate(rest, mesh)
+    frozen = jax.device_put(frozen, replicated(mesh))
+    nnx.update(model, params)  # lets go of the arrays that were copied
+    optimizer = make_optimizer(config.optim, config.steps)
+    opt_state = jax.jit(optimizer.init, out_shardings=replicated(mesh))(params)
+    train_step = _make_step(graph, loss_fn, optimizer, mesh)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: nnx.update(model, nnx.merge_state(params, rest)))
+        checkpointer = stop = None
+        first = 0
+        if workdir is not None:
+            checkpointer = stack.enter_context(Checkpointer(workdir, config.keep_checkpoints))
+            found = checkpointer.restore_latest(nnx.merge_state(params, frozen, rest), opt_state)
+            if found is not None:
+                first, restored, opt_state, data_state = found
+                nnx.update(model, restored)
+                _, params, frozen, rest = nnx.split(model, _trainable(model, config.trainable), nnx.Param, ...)
+                batches.set_state(data_state)
+            if first > config.steps:
+                raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
+            stop = stack.enter_context(_StopRequest())
+        log = _Log(config, workdir, first)
+        bar = stack.enter_context(
+            Progress(name, config.steps, done=first, enabled=progress and jax.process_index() == 0)
+        )
+        source = _Ahead(batches, mesh, config.steps - first)
+        previous: jax.Array | None = None
+        for step, (batch, data_state) in enumerate(source, first + 1):
+            params, opt_state, rest, scalars = train_step(params, opt_state, rest, frozen, batch)
+            log.add(step, scalars)
+            source.pull(scalars["loss"])
+            if previous is None:
+                log.begin_clock(scalars["loss"])
+                source.wait_seconds = 0.0
+            else:
+                previous.block_until_ready()  # at most two steps in flight: the host must not queue batches without end
+            previous = scalars["loss"]
+            bar.advance()
+            stopping = stop is not None and stop.requested
+            saving = checkpointer is not None and (
+                stopping or step == config.steps or step % config.checkpoint_every == 0
+            )
+            if saving or step == config.steps or step % config.log_every == 0:
+                bar.note(log.write(step, source.take_wait_seconds(), source.rows))
+            if saving and checkpointer is not None:
+                checkpointer.save(step, nnx.merge_state(params, frozen, rest), opt_state, data_state)
+            if stopping and checkpointer is not None:
+                checkpointer.wait()
+                bar.note(f"stopped by SIGTERM, saved step {step}")
+                raise SystemExit(0)
+        if checkpointer is not None:
+            checkpointer.wait()
+    return log.history()
+
+
+def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood of the target tokens given video and prompt (paper, Eq. 1), averaged over tokens.
+
+    batch: video uint8[B, T, H, W, 3] (absent: text only), prompt int32[B, L], target int32[B, M], ok bool[B]. Padding and
+    clips that are not ok have weight 0.
+    """
+    target, ok = batch["target"], batch["ok"]
+    logits = model(batch.get("video"), batch["prompt"], target)
+    weights = ((target != PAD_ID) & ok[:, None]).astype(jnp.float32)
+    count = jnp.maximum(weights.sum(), 1.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
+    correct = (jnp.argmax(logits, axis=-1) == target) * weights
+    scalars = {"token_accuracy": correct.sum() / count, "failed_share": 1.0 - jnp.mean(ok, dtype=jnp.float32)}
+    return (losses * weights).sum() / count, scalars
+
+
+def contrastive_loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Symmetric softmax contrastive loss of a dual encoder, averaged over the clips that are ok.
+
+    batch: video uint8[B, T, H, W, 3], text int32[B, L], ok bool[B], optional group int32[B] of 0 or more (clips of one
+    group are no negatives of each other). A clip that is not ok is neither a positive nor a negative: see `_set_aside`.
+    """
+    ok = batch["ok"]
+    video, text, scale = model(batch["video"], batch["text"])
+    groups = batch.get("group", jnp.arange(len(ok), dtype=jnp.int32))
+    video, text, groups = _set_aside(video, text, groups, ok)
+    share = jnp.mean(ok, dtype=jnp.float32)
+    loss = kernels.contrastive_loss(video, text, scale, groups=groups)
+    loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0
+    return loss, {"scale": scale, "failed_share": 1.0 - share}
+
+
+def _set_aside(
+    video: jax.Array, text: jax.Array, groups: jax.Array, ok: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Makes rows that are not ok invisible to a softmax contrastive loss, shapes unchanged but for two columns.
+
+    The two columns give an ok row and a bad row the logit -1024 * scale, whose exponential is 0, and leave the logits of
+    ok rows as they are. Bad rows lose their content, share one group, and so have nothing but themselves: loss 0.
+    video, text float[B, E] -> [B, E + 2] each.
+    """
+    far = 32.0
+    video, text = jnp.where(ok[:, None], video, 0.0), jnp.where(ok[:, None], text, 0.0)
+    bad, good = jnp.where(ok, 0.0, -far), jnp.where(ok, far, 0.0)
+    video = jnp.concatenate([video, jnp.stack([good, bad], axis=1).astype(video.dtype)], axis=1)
+    text = jnp.concatenate([text, jnp.stack([bad, good], axis=1).astype(text.dtype)], axis=1)
+    return video, text, jnp.where(ok, groups, -1)
+
+
+def _trainable(model: nnx.Module, prefixes: tuple[str, ...]) -> Callable[[tuple[Any, ...], Any], bool]:
+    """Returns the nnx filter of the parameters below `prefixes`; every prefix must name at least one."""
+    wanted = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
+    paths = [tuple(map(str, path)) for path in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths]
+    for prefix, parts in zip(prefixes, wanted):
+        if not any(path[: len(parts)] == parts for path in paths):
+            raise ValueError(f"trainable={prefix!r} names no parameter; the model has {sorted({p[0] for p in paths})}")
+    if not wanted:
+        raise ValueError("trainable=(): expected at least one prefix")
+
+    def accepts(path: tuple[Any, ...], value: Any) -> bool:
+        names = tuple(map(str, path))
+        return isinstance(value, nnx.Param) and any(names[: len(parts)] == parts for parts in wanted)
+
+    return accepts
+
+
+def _make_step(graph: Any, loss_fn: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, dict[str, Any]]:
+        def objective(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+            model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
+            loss, scalars = loss_fn(model, batch)
+            return loss, (scalars, nnx.state(model, nnx.Not(nnx.Param)))
+
+        (loss, (scalars, new_rest)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        return optax.apply_updates(params, updates), opt_state, new_rest, scalars
+
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=replicated(mesh))
+
+
+class _Ahead:
+    """Hands out `count` batches as device arrays with the data state after each; the next is copied while one is used."""
+
+    def __init__(self, batches: BatchSource, mesh: Mesh, count: int) -> None:
+        self.wait_seconds = 0.0
+        self.rows = 0
+        self._batches, self._mesh, self._count = batches, mesh, count
+        self._taken = 0
+        self._next: tuple[Batch, dict[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        self.pull(None)
+        while self._next is not None:
+            item, self._next = self._next, None
+            yield item
+
+    def pull(self, running: jax.Array | None) -> None:
+        """Fetches the next batch while the step whose result is `running` computes.
+
+        Time spent here counts as waiting only if that step was over before the batch had come.
+        """
+        if self._taken == self._count:
+            return
+        begin = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise ValueError(f"batches ended after {self._taken} batches; {self._count} steps were to do") from None
+        if running is not None and running.is_ready():
+            self.wait_seconds += time.perf_counter() - begin
+        self._taken += 1
+        arrays = {key: value for key, value in batch.items() if key not in _HOST_ONLY}
+        self.rows = len(next(iter(arrays.values()))) * jax.process_count()
+        self._next = put_batch(arrays, self._mesh), self._batches.get_state()
+
+    def take_wait_seconds(self) -> float:
+        """Returns the waiting time since the last call."""
+        result, self.wait_seconds = self.wait_seconds, 0.0
+        return result
+
+
+class _Log:
+    """Keeps each step's scalars on the device until a line of metrics.jsonl is due."""
+
+    def __init__(self, config: TrainConfig, workdir: str | os.PathLike[str] | None, first: int) -> None:
+        self._schedule = make_schedule(config.optim, config.steps)
+        self._path: Path | None = None
+        self._lines: list[dict[str, Any]] = []  # of the runs before and of this one
+        self._pending: list[dict[str, jax.Array]] = []
+        self._timed_steps = 0
+        self._compile_seconds = 0.0
+        self._start = self._created = time.perf_counter()
+        if workdir is not None and jax.process_index() == 0:
+            self._path = Path(workdir) / "metrics.jsonl"
+            self._lines = _keep_lines(self._path, first)
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        self._pending.append(scalars)
+        self._timed_steps += 1
+
+    def begin_clock(self, loss: jax.Array) -> None:
+        """Waits for the first step of this process and leaves it out of the rates."""
+        loss.block_until_ready()
+        self._start = time.perf_counter()
+        self._compile_seconds = self._start - self._created
+        self._timed_steps = 0
+
+    def write(self, step: int, wait_seconds: float, rows: int) -> str:
+        """Fetches the scalars since the last line, writes them and returns a sentence for the eye."""
+        fetched = jax.device_get(self._pending)
+        self._pending = []
+        now = time.perf_counter()
+        elapsed, self._start = now - self._start, now
+        losses = [float(scalars["loss"]) for scalars in fetched]
+        norms = [float(scalars["grad_norm"]) for scalars in fetched]
+        for i, (loss, norm) in enumerate(zip(losses, norms)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                at = step - len(losses) + 1 + i
+                raise FloatingPointError(f"step {at}: loss {loss}, gradient norm {norm}: expected finite numbers")
+        rate = self._timed_steps / elapsed if self._timed_steps else None
+        self._timed_steps = 0
+        before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
+        line: dict[str, Any] = {
+            "step": step,
+            **{key: float(np.mean([scalars[key] for scalars in fetched])) for key in sorted(fetched[0])},
+            "learning_rate": float(self._schedule(step - 1)),
+            "steps_per_second": rate,
+            "clips_per_second": rate and rate * rows,
+            "wait_share": wait_seconds / elapsed,
+            "seconds": before["seconds"] + elapsed,
+            "wait_seconds": before["wait_seconds"] + wait_seconds,
+            "compile_seconds": before["compile_seconds"] + self._compile_seconds,
+            "losses": losses,
+            "grad_norms": norms,
+        }
+        self._compile_seconds = 0.0
+        self._lines.append(line)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must never be ahead of the metrics
+        speed = f"  {line['clips_per_second']:.1f} clips/s" if rate else ""
+        return (
+            f"loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  lr {line['learning_rate']:.3g}{speed}"
+            f"  wait {line['wait_share']:.1%}"
+        )
+
+    def history(self) -> History:
+        steps = [line["step"] - len(line["losses"]) + 1 + i for line in self._lines for i in range(len(line["losses"]))]
+        last = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
+        return History(
+            steps=np.array(steps, np.int64),
+            losses=np.array([loss for line in self._lines for loss in line["losses"]], np.float32),
+            grad_norms=np.array([norm for line in self._lines for norm in line["grad_norms"]], np.float32),
+            seconds=last["seconds"],
+            wait_seconds=last["wait_seconds"],
+            compile_seconds=last["compile_seconds"],
+        )
+
+
+def _keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Cuts from the file at `path` what lies after `last_step`, which is about to be done again; returns the rest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return []
+    kept: list[dict[str, Any]] = []
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):
+                break  # cut short by a crash
+            raise ValueError(f"{path}:{number}: expected one JSON object") from error
+        if line["step"] <= last_step:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
+
+
+class _StopRequest:
+    """Within the context SIGTERM sets `requested`. Signals are the main thread's: elsewhere nothing is installed."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._installed = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._installed:
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

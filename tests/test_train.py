@@ -1,0 +1,307 @@
+"""fit on a tiny model: freezing, logging, exact resume after a crash and after SIGTERM; the two losses on plain arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from pyvdl import kernels
+from pyvdl.config import OptimConfig, TrainConfig
+from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
+
+CONFIG = TrainConfig(
+    steps=12,
+    trainable=("vision",),
+    optim=OptimConfig(peak_learning_rate=0.02, warmup_steps=3, b1=0.5, weight_decay=0.01),
+    log_every=4,
+    checkpoint_every=5,
+)
+
+
+class Tower(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.blocks = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(2)])
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = self.dropout(jnp.tanh(block(x)))
+        return x
+
+
+class Model(nnx.Module):
+    """Two parts with the names of the VLM's, and dropout, whose random state must survive a restart too."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.vision = Tower(rngs=rngs)
+        self.visionary = nnx.Linear(6, 6, rngs=rngs)  # shares letters with the prefix, not a path component
+        self.language = nnx.Linear(6, 1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.language(self.visionary(self.vision(x)))
+
+
+class Source:
+    """Batches that follow from their number alone; `seconds` slows each one down."""
+
+    def __init__(self, seconds: float = 0.0, length: int = 10**9) -> None:
+        self.number, self.seconds, self.length = 0, seconds, length
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self.number == self.length:
+            raise StopIteration
+        time.sleep(self.seconds)
+        x = np.random.default_rng(self.number).normal(size=(8, 6)).astype(np.float32)
+        self.number += 1
+        return {"x": x, "y": np.tanh(x[:, :1] - x[:, 1:2]), "index": np.arange(8)}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+def square_loss(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    error = model(batch["x"]) - batch["y"]
+    return jnp.mean(error**2), {"mean_error": jnp.mean(error)}
+
+
+def run(workdir: Path | None, config: TrainConfig = CONFIG, **arguments: Any) -> tuple[History, dict[str, Any]]:
+    model = Model(rngs=nnx.Rngs(0))
+    history = fit(model, square_loss, arguments.pop("source", Source()), config, workdir=workdir, progress=False)
+    return history, params_of(model)
+
+
+def params_of(model: nnx.Module) -> dict[str, Any]:
+    found = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(value) for path, value in found}
+
+
+def metric_steps(workdir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[History, dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def test_only_the_named_part_moves(uninterrupted: tuple[History, dict[str, Any]]) -> None:
+    before, after = params_of(Model(rngs=nnx.Rngs(0))), uninterrupted[1]
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("vision/")}
+
+
+def test_the_loss_falls_and_arrays_of_another_model_survive_donation() -> None:
+    model = Model(rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    twin = nnx.merge(graph, state, copy=True)  # variables of its own, the same arrays
+    config = dataclasses.replace(CONFIG, steps=200, trainable=("",), log_every=50)
+    history = fit(model, square_loss, Source(), config, progress=False)
+    assert history.losses[-20:].mean() < 0.7 * history.losses[:20].mean()
+    assert list(history.steps) == list(range(1, 201))
+    assert np.isfinite(np.asarray(twin(jnp.ones((1, 6))))).all()
+
+
+def test_frozen_parts_have_no_optimizer_state(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(CONFIG, steps=1))
+    found = {}
+    with ocp.StandardCheckpointer() as reader:
+        for item in ("model", "optimizer"):
+            found[item] = set(reader.metadata((tmp_path / "checkpoints" / "1" / item).absolute()).item_metadata)
+    assert any(".vision." in name for name in found["optimizer"])
+    assert not any("language" in name or "visionary" in name for name in found["optimizer"])
+    assert "language.kernel" in found["model"]
+    assert "vision.blocks.0.kernel" in found["model"]
+
+
+def test_unknown_prefix_names_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"'visio' names no parameter.*'language', 'vision', 'visionary'"):
+        run(None, dataclasses.replace(CONFIG, trainable=("vision", "visio")))
+
+
+def test_batches_that_end_early_are_an_error() -> None:
+    with pytest.raises(ValueError, match="ended after 5 batches; 12 steps"):
+        run(None, source=Source(length=5))
+
+
+def test_non_finite_loss_stops_and_names_the_step() -> None:
+    def broken(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss, scalars = square_loss(model, batch)
+        return jnp.where(batch["x"][0, 0] == 0, jnp.nan, loss), scalars
+
+    class Poisoned(Source):
+        def __next__(self) -> dict[str, np.ndarray]:
+            batch = super().__next__()
+            if self.number == 3:
+                batch["x"][0, 0] = 0
+            return batch
+
+    with pytest.raises(FloatingPointError, match="step 3"):
+        fit(Model(rngs=nnx.Rngs(0)), broken, Poisoned(), CONFIG, progress=False)
+
+
+def test_metrics_have_every_log_step_once(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
+    history, _ = run(tmp_path)
+    assert metric_steps(tmp_path) == [4, 5, 8, 10, 12]
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
+    assert line["losses"] == [float(x) for x in history.losses[5:8]]
+    assert line["loss"] == pytest.approx(np.mean(line["losses"]))
+    assert {"grad_norm", "learning_rate", "steps_per_second", "clips_per_second", "wait_share", "mean_error"} <= set(
+        line
+    )
+    assert line["clips_per_second"] == pytest.approx(8 * line["steps_per_second"])
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_resume_gives_the_same_bits(at: int, uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
+    """The run ends after `at` steps by an error of its data, as a crash would; steps since the checkpoint are redone."""
+    with pytest.raises(ValueError, match="ended after"):
+        run(tmp_path, source=Source(length=at))
+    torn = tmp_path / "metrics.jsonl"
+    if torn.exists():
+        torn.write_text(torn.read_text() + '{"step": 6, "lo')
+    history, params = run(tmp_path)
+    assert history.losses.tobytes() == uninterrupted[0].losses.tobytes()
+    assert history.grad_norms.tobytes() == uninterrupted[0].grad_norms.tobytes()
+    assert metric_steps(tmp_path) == [4, 5, 8, 10, 12]
+    for name, value in uninterrupted[1].items():
+        assert params[name].tobytes() == value.tobytes(), name
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
+    run(tmp_path)
+    source = Source()
+    history, params = run(tmp_path, source=source)
+    assert source.number == 12  # the state of its data, nothing drawn
+    assert history.losses.tobytes() == uninterrupted[0].losses.tobytes()
+    assert all(np.array_equal(params[name], value) for name, value in uninterrupted[1].items())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_another_run_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(CONFIG, steps=2))
+    with pytest.raises(ValueError, match="written by another run"):
+        run(tmp_path, dataclasses.replace(CONFIG, trainable=("language",)))
+    with pytest.raises(ValueError, match="already holds step 2"):
+        run(tmp_path, dataclasses.replace(CONFIG, steps=1))
+
+
+def test_waiting_for_data_is_counted() -> None:
+    slow, _ = run(None, source=Source(seconds=0.02))
+    fast, _ = run(None, dataclasses.replace(CONFIG, steps=100))
+    assert slow.wait_share > 0.5
+    assert fast.wait_seconds < slow.wait_seconds
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_same_command_goes_on_after_a_signal(
+    how: signal.Signals, uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path
+) -> None:
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, str(tmp_path), "0.05"]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    waited = time.monotonic() + 90
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert time.monotonic() < waited
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.12)  # a step or two past the first line, which is that of step 4
+    process.send_signal(how)
+    output, errors = process.communicate(timeout=60)
+    assert "steps done" not in output, "the run was over before the signal came"
+    if how == signal.SIGTERM:
+        assert process.returncode == 0, errors
+        steps = metric_steps(tmp_path)
+        assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir(), "SIGTERM saves the last step"
+    else:
+        assert process.returncode == -signal.SIGKILL
+    process = start()
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert np.frombuffer(bytes.fromhex(output.split()[-1]), np.float32).tobytes() == uninterrupted[0].losses.tobytes()
+    steps = metric_steps(tmp_path)
+    assert len(set(steps)) == len(steps)
+    assert steps[-1] == 12
+
+
+class Echo(nnx.Module):
+    """A "VLM" whose logits are a table, and a "dual encoder" whose embeddings are given."""
+
+    def __init__(self, value: np.ndarray) -> None:
+        self.value = nnx.Param(jnp.asarray(value))
+
+    def __call__(self, video: Any, *others: jax.Array) -> Any:
+        if len(others) == 2:
+            return self.value[...]
+        rows = self.value[...] / jnp.linalg.norm(self.value[...], axis=-1, keepdims=True)
+        return rows[video], rows[others[0]], jnp.float32(5.0)
+
+
+def test_vlm_loss_averages_tokens_of_good_clips() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 4, 7)).astype(np.float32)
+    target = np.array([[4, 5, 1, 0], [6, 1, 0, 0], [5, 5, 5, 1]], np.int32)
+    batch = {
+        "prompt": jnp.zeros((3, 1), jnp.int32),
+        "target": jnp.asarray(target),
+        "ok": jnp.array([True, True, False]),
+    }
+    loss, scalars = vlm_loss(Echo(logits), batch)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = [(0, 0, 4), (0, 1, 5), (0, 2, 1), (1, 0, 6), (1, 1, 1)]
+    assert float(loss) == pytest.approx(-np.mean([logp[i] for i in picked]), rel=1e-5)
+    assert float(scalars["token_accuracy"]) == pytest.approx(np.mean([logits[i[:2]].argmax() == i[2] for i in picked]))
+    assert float(scalars["failed_share"]) == pytest.approx(1 / 3)
+    gradient = jax.grad(lambda v: vlm_loss(Echo(v), batch)[0])(jnp.asarray(logits))
+    assert not np.any(gradient[2])
+
+
+def contrast(values: np.ndarray, video: list[int], text: list[int], ok: list[bool], group: list[int] | None) -> Any:
+    batch = {"video": jnp.array(video), "text": jnp.array(text), "ok": jnp.array(ok)}
+    if group is not None:
+        batch["group"] = jnp.array(group, jnp.int32)
+    return jax.value_and_grad(lambda v: contrastive_loss_fn(Echo(v), batch)[0])(jnp.asarray(values))
+
+
+@pytest.mark.parametrize("group", [None, [0, 1, 2, 0, 1, 5]])
+def test_failed_clips_are_neither_positives_nor_negatives(group: list[int] | None) -> None:
+    """The loss and gradient with two failed clips equal those of the batch without these rows."""
+    values = np.random.default_rng(1).normal(size=(12, 16)).astype(np.float32)
+    keep = [0, 2, 3, 5]
+    with_failed = contrast(values, list(range(6)), list(range(6, 12)), [i in keep for i in range(6)], group)
+    without = contrast(values, keep, [6 + i for i in keep], [True] * 4, group and [group[i] for i in keep])
+    assert float(with_failed[0]) == pytest.approx(float(without[0]), rel=1e-6)
+    np.testing.assert_allclose(with_failed[1], without[1], atol=1e-7)
+    whole = contrast(values, list(range(6)), list(range(6, 12)), [True] * 6, None)
+    rows = values / np.linalg.norm(values, axis=1, keepdims=True)
+    assert float(whole[0]) == pytest.approx(float(kernels.contrastive_loss(rows[:6], rows[6:], 5.0)), rel=1e-5)
+
+
+def test_a_batch_of_failed_clips_alone_teaches_nothing() -> None:
+    values = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    loss, gradient = contrast(values, [0, 1], [2, 3], [False, False], None)
+    assert float(loss) == 0
+    assert not np.any(gradient)
+
+
+if __name__ == "__main__":
+    done, _ = run(Path(sys.argv[1]), source=Source(seconds=float(sys.argv[2])))
+    print("steps done", done.losses.tobytes().hex())
