@@ -135,21 +135,25 @@ def caption_records(
     seeds = np.array([clip_seed(record, seed) for record in records], np.uint32)
 
     def rows(batch: ClipRows, samples: Samples | None) -> Iterator[CaptionRow]:
-        tokens = None if samples is None else np.asarray(samples.tokens)
-        log_probs = None if samples is None else np.asarray(samples.log_probs)
         for i in np.flatnonzero(batch.index >= 0):
             record = records[batch.index[i]]
-            good = bool(batch.ok[i]) and tokens is not None and log_probs is not None
+            captions: list[str] = []
+            log_probs: list[float] = []
+            error: str | None = batch.errors[i] or "no frames"
+            if batch.ok[i] and samples is not None:
+                captions = [tokenizer.decode(ids) for ids in np.asarray(samples.tokens)[i]]
+                log_probs = [float(value) for value in np.asarray(samples.log_probs)[i]]
+                error = None
             yield CaptionRow(
                 key=record.key,
                 video=record.video,
                 start_seconds=record.start_seconds,
                 end_seconds=record.end_seconds,
-                captions=[tokenizer.decode(ids) for ids in tokens[i]] if good else [],
-                log_probs=[float(value) for value in log_probs[i]] if good else [],
+                captions=captions,
+                log_probs=log_probs,
                 prompt=prompt,
-                status="ok" if good else "failed",
-                error=None if good else batch.errors[i] or "no frames",
+                status="ok" if error is None else "failed",
+                error=error,
                 seed=int(seeds[batch.index[i]]),
             )
 
@@ -232,7 +236,7 @@ def caption_job(
     with closing(rows):
         for i in todo:
             size = len(records[i * shard_size : (i + 1) * shard_size])
-            _write_whole(paths[i], (next(rows).to_json() + "\n" for _ in range(size)))
+            write_whole(paths[i], (next(rows).to_json() + "\n" for _ in range(size)))
     failed = sum(row.status == "failed" for path in paths for row in _read_shard(path))
     return JobSummary(rows=len(records), failed=failed, shards=len(paths), shards_skipped=len(paths) - len(todo))
 
@@ -248,7 +252,7 @@ def claim(path: Path, recipe: dict[str, Any]) -> None:
     """Writes the recipe of a new job, or holds it against that of the job found there."""
     recipe = json.loads(json.dumps(recipe))  # tuples become lists, as in what is read back
     if not path.exists():
-        _write_whole(path, [json.dumps(recipe, indent=1) + "\n"])
+        write_whole(path, [json.dumps(recipe, indent=1) + "\n"])
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
@@ -257,7 +261,8 @@ def claim(path: Path, recipe: dict[str, Any]) -> None:
         raise ValueError(f"{path.parent} holds another job ({differences}); choose another folder")
 
 
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

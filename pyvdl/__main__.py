@@ -1,0 +1,274 @@
+"""The command line: `pyvdl VERB ...`, the same as `python -m pyvdl`.
+
+Exit codes: 0 done, 1 the job failed, 2 the command was wrong; a failure is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pyvdl import __version__, commands
+from pyvdl.commands import UsageError
+
+DESCRIPTION = """Adapt an image vision-language model to video, caption clips with it, train a video-text encoder on
+the captions.
+
+try it:
+  demo      the whole method on a small corpus made for it, with a report
+data:
+  probe     what is in video files, or what is wrong with them
+  prepare   render a labelled corpus of real video files
+  instruct  questions and answers from narratives
+the method:
+  adapt     an image vision-language model to video: the visual or the language stage
+  caption   videos with the adapted model
+  train     the video-text dual encoder on captions
+measure:
+  evaluate  captions and answers, or retrieval and zero-shot classes
+  embed     videos as vectors
+  stats     what a set of captions looks like"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help, or a mistake already told
+        return int(stop.code or 0)
+    name = f"pyvdl {arguments.verb}"
+    try:
+        return int(arguments.run(arguments) or 0)
+    except UsageError as error:
+        return _fail(f"{name}: {error} (see {name} --help)", 2)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail(f"{name}: interrupted", 130)
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
+        text = str(error).strip() or type(error).__name__
+        return _fail(f"{name}: {text.splitlines()[0]}", 1)
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from pyvdl.demo import run_demo
+
+    run_demo(arguments.out, arguments.seed)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="pyvdl", description=DESCRIPTION, epilog="`pyvdl VERB --help` says more.")
+    parser.add_argument("--version", action="version", version=f"pyvdl {__version__}")
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, help="one of those above", parser_class=Parser
+    )
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], description: str, example: str) -> Parser:
+        found: Parser = verbs.add_parser(name, description=description, epilog=f"example:\n  {example}")
+        found.set_defaults(run=run)
+        return found
+
+    p = verb(
+        "demo",
+        demo,
+        "Runs the whole method on a small corpus of real encoded videos and writes a report. Goes on where it stopped.",
+        "pyvdl demo --out demo",
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (default: demo)"
+    )
+    p.add_argument("--seed", type=_unsigned, default=0, help="of corpus and training (default: 0)")
+
+    p = verb(
+        "probe",
+        commands.probe,
+        "Prints one row for each video: codec, size, frames a second, frames, duration, rotation, status.",
+        "pyvdl probe videos/ train.jsonl clip.mp4 --json",
+    )
+    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    p.add_argument("--versions", action="store_true", help="only print the versions of pyvdl, jax and FFmpeg")
+
+    p = verb(
+        "prepare",
+        commands.prepare,
+        "Renders and encodes a labelled corpus: video files of several codecs, and the manifests train.jsonl,\n"
+        "unlabelled.jsonl and test.jsonl.",
+        "pyvdl prepare --out corpus --clips 200",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus")
+    p.add_argument("--clips", type=_positive, default=1500, metavar="N", help="clips in all parts (default: 1500)")
+    p.add_argument("--seed", type=_unsigned, default=0, help="of scenes and words (default: 0)")
+
+    p = verb(
+        "instruct",
+        commands.instruct,
+        "Makes instruction data: reads the narratives of a manifest and writes a manifest whose records carry the\n"
+        "questions and answers that the templates find (temporal, causal, short).",
+        "pyvdl instruct --data corpus/train.jsonl --out corpus/instructions.jsonl",
+    )
+    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="records with narratives")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+
+    p = verb(
+        "adapt",
+        commands.adapt,
+        "Trains one stage of the adaptation: 'visual' the vision tower on short captions, 'language' the language\n"
+        "model on questions, captions and descriptions; the other part is frozen. The same command goes on where it\n"
+        "stopped; SIGTERM saves and ends with 0. The model is in DIR/model at the end.",
+        "pyvdl adapt --stage visual --model image_model --data corpus/train.jsonl --out runs/visual",
+    )
+    p.add_argument("--stage", choices=("visual", "language"), required=True)
+    _add_training(p)
+
+    p = verb(
+        "train",
+        commands.train,
+        "Trains the dual encoder on one kind of captions. The same command goes on where it stopped; SIGTERM saves\n"
+        "and ends with 0. The model is in DIR/model at the end.",
+        "pyvdl train --data corpus/unlabelled.jsonl --captions runs/captions --out runs/encoder --set steps=500",
+    )
+    p.add_argument(
+        "--captions",
+        required=True,
+        metavar="SOURCE",
+        help="'human' or 'alt_text' of the manifest, or what `pyvdl caption --out` wrote (file or folder)",
+    )
+    _add_training(p)
+
+    p = verb(
+        "caption",
+        commands.caption,
+        "Captions videos. One video prints its captions; several print a row each, with a status; --out writes shards\n"
+        "and goes on where it stopped.",
+        "pyvdl caption video.mp4 --model runs/language/model --num-samples 3",
+    )
+    p.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved VLM")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write shards of rows here")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    _add_sampling(p)
+
+    p = verb(
+        "evaluate",
+        commands.evaluate,
+        "Scores a model on a manifest: captions (CIDEr-D) and answers (exact match, WUPS) of a VLM; retrieval and,\n"
+        "where records have labels, zero-shot classes of a dual encoder. Intervals: bootstrap 95% over clips.",
+        "pyvdl evaluate --model runs/encoder/model --data corpus/test.jsonl --out scores.json",
+    )
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved VLM or dual encoder")
+    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="test records")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON too")
+    _add_loading(p)
+
+    p = verb(
+        "embed",
+        commands.embed,
+        "Writes the embeddings of videos as a NumPy archive: keys, embeddings (float32, length 1; NaN where a video\n"
+        "failed), errors.",
+        "pyvdl embed --model runs/encoder/model --data corpus/test.jsonl --out test.npz",
+    )
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved dual encoder")
+    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help="videos, folders or manifests")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="archive to write (.npz)")
+    _add_loading(p)
+
+    p = verb(
+        "stats",
+        commands.stats,
+        "Prints statistics of captions side by side: number, mean length, unique nouns and verbs, vocabulary.",
+        "pyvdl stats --captions runs/captions corpus/unlabelled.jsonl",
+    )
+    p.add_argument(
+        "--captions",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="what `pyvdl caption --out` wrote (file or folder), or a manifest (its captions and alt-text)",
+    )
+    return parser
+
+
+def _add_training(p: Parser) -> None:
+    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="training records")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    p.add_argument("--model", type=Path, metavar="DIR", help="saved model to start from (default: a random one)")
+    p.add_argument("--preset", choices=("toy", "paper"), default="toy", help="sizes and recipe (default: toy)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.fps=4) or of a new model "
+        "(model.vision.depth=4); again for more",
+    )
+
+
+def _add_sampling(p: Parser) -> None:
+    p.add_argument("--num-samples", type=_positive, default=1, metavar="N", help="captions a video (default: 1)")
+    p.add_argument("--temperature", type=_non_negative, metavar="X", default=1.0, help="0 is greedy (default: 1)")
+    p.add_argument("--top-p", type=_share, metavar="P", default=0.95, help="nucleus (default: 0.95)")
+    p.add_argument("--max-length", type=_positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
+    p.add_argument("--prompt", help="task prompt (default: that of captions)")
+    p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
+    p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
+    _add_loading(p)
+
+
+def _add_loading(p: Parser) -> None:
+    p.add_argument(
+        "--sampling",
+        choices=("uniform", "fps", "keyframe"),
+        default="uniform",
+        help="frames spread over the clip, at the model's rate from its start, or key frames (default: uniform)",
+    )
+    p.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips at a time (default: 8)")
+    p.add_argument("--num-threads", type=_positive, default=2, metavar="N", help="that decode (default: 2)")
+
+
+def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+    """An argparse type whose message says what is wanted."""
+
+    def read(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
+
+
+_positive = _number(int, lambda value: value > 0, "a whole number above 0")
+_unsigned = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+_non_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""What each verb of the command line does; `__main__` reads the arguments and tells failures.
+
+What a command needs is imported inside it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyvdl.config import ClipConfig
+    from pyvdl.data import Record
+    from pyvdl.models.dual_encoder import DualEncoder
+    from pyvdl.models.vlm import VLM
+    from pyvdl.text import WordTokenizer
+    from pyvdl.train import History
+
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+    | {".vob", ".webm", ".wmv"}
+)
+Report = Callable[[int, int], None]  # (done, total)
+Scores = list[tuple[str, float, float, float]]  # name, value, low, high
+
+
+class UsageError(Exception):
+    """The command cannot be meant so: exit code 2."""
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    if arguments.versions:
+        for name, version in _versions().items():
+            print(f"{name:<24} {version}")
+        return 0
+    if not arguments.paths:
+        raise UsageError("name at least one video, folder or manifest, or ask for --versions")
+    from pyvdl.video import DecodeError, VideoDecoder
+
+    rows = []
+    for path in _video_paths(arguments.paths):
+        row: dict[str, Any] = {"video": path, "status": "ok", "error": None}
+        try:
+            decoder = VideoDecoder(path)
+            row |= _describe(decoder)
+        except (DecodeError, OSError, ValueError) as error:
+            row |= {"status": "failed", "error": " ".join(str(error).split())}
+        rows.append(row)
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+    if not arguments.json:
+        columns = ("codec", "size", "fps", "frames", "seconds", "rotation", "status")
+        _print_table(
+            ["video", *columns],
+            [[row["video"], *(row.get(c) for c in columns[:-1]), row["error"] or "ok"] for row in rows],
+        )
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    from pyvdl.synthetic import make_corpus
+
+    with _progress("prepare") as report:
+        corpus = make_corpus(arguments.out, num_clips=arguments.clips, seed=arguments.seed, progress=report)
+    parts = (("train", corpus.train), ("unlabelled", corpus.unlabelled), ("test", corpus.test))
+    print(
+        f"{corpus.num_files} files; " + "; ".join(f"{arguments.out / name}.jsonl {len(r)} clips" for name, r in parts)
+    )
+    return 0
+
+
+def instruct(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    from collections import Counter
+
+    from pyvdl import instruct as templates
+    from pyvdl.data import read_manifest, write_manifest
+
+    records = [record for record in read_manifest(arguments.data) if record.narrative]
+    if not records:
+        raise ValueError(f"{arguments.data}: no record has a narrative")
+    asked = [dataclasses.replace(r, questions=tuple(templates.generate(r.narrative))) for r in records]
+    write_manifest(arguments.out, asked)
+    families = Counter(question.family for record in asked for question in record.questions)
+    counts = ", ".join(f"{count} {family}" for family, count in sorted(families.items()))
+    print(f"{arguments.out}: {len(asked)} records with {families.total()} questions ({counts})")
+    return 0
+
+
+def adapt(arguments: argparse.Namespace) -> int:
+    from pyvdl import recipes
+    from pyvdl.data import read_manifest
+
+    records = read_manifest(arguments.data)
+    _check_settings(arguments)
+    history = recipes.adapt(
+        arguments.stage,
+        records,
+        arguments.out,
+        start=arguments.model,
+        preset=arguments.preset,
+        assignments=arguments.set,
+    )
+    _print_training(arguments.out, history)
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pyvdl import recipes
+    from pyvdl.caption import captions_by_key, read_captions
+    from pyvdl.data import read_manifest
+
+    _check_settings(arguments)
+    records = read_manifest(arguments.data)
+    if arguments.captions == "alt_text":
+        records = [dataclasses.replace(r, captions=(r.alt_text,) if r.alt_text else ()) for r in records]
+    elif arguments.captions != "human":
+        found = captions_by_key(read_captions(arguments.captions))
+        records = [dataclasses.replace(r, captions=found.get(r.key, ())) for r in records]
+    history = recipes.train(
+        records, arguments.out, start=arguments.model, preset=arguments.preset, assignments=arguments.set
+    )
+    _print_training(arguments.out, history)
+    return 0
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    from pyvdl.caption import caption_job, caption_records
+    from pyvdl.models.vlm import VLM
+    from pyvdl.recipes import model_clip
+
+    records = _records(arguments.videos)
+    model, tokenizer = _load(arguments.model)
+    if not isinstance(model, VLM):
+        raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
+    options: dict[str, Any] = {
+        "clip": _clip(arguments, model_clip(model.config)),
+        "num_samples": arguments.num_samples,
+        "max_length": arguments.max_length,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        **_loading(arguments),
+    }
+    if arguments.prompt is not None:
+        options["prompt"] = arguments.prompt
+    if arguments.out is not None:
+        with _progress("caption") as report:
+            done = caption_job(
+                model, tokenizer, records, arguments.out, model_id=str(arguments.model.resolve()),
+                shard_size=arguments.shard_size, progress=report, **options,
+            )  # fmt: skip
+        print(
+            f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
+            f"{done.shards_skipped} of them from an earlier run"
+        )
+        return 0
+    alone = len(records) == 1 and not arguments.json
+    table: list[list[Any]] = []
+    with _progress("caption", enabled=len(records) > 1) as report:
+        for row in caption_records(model, tokenizer, records, progress=report, **options):
+            if arguments.json:
+                print(row.to_json(), flush=True)
+            elif alone and row.status == "failed":
+                raise ValueError(f"{row.video}: {row.error}")
+            elif alone:
+                print("\n".join(row.captions))
+            else:
+                table.append([row.key, row.status, row.error or row.captions[0]])
+                table += [["", "", text] for text in row.captions[1:]]
+    if table:
+        _print_table(["key", "status", "caption"], table)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from pyvdl.caption import write_whole
+    from pyvdl.data import read_manifest
+    from pyvdl.models.vlm import VLM
+
+    records = read_manifest(arguments.data)
+    model, tokenizer = _load(arguments.model)
+    with _progress("evaluate") as report:
+        if isinstance(model, VLM):
+            scores, failed = _vlm_scores(model, tokenizer, records, arguments, report)
+        else:
+            scores, failed = _dual_encoder_scores(model, tokenizer, records, arguments, report)
+    _print_table(["score", "value", "95% interval"], [[k, v, f"{low:.1f} to {high:.1f}"] for k, v, low, high in scores])
+    print(f"{len(records)} clips, {failed} failed")
+    if arguments.out is not None:
+        found = {
+            "model": str(arguments.model),
+            "data": str(arguments.data),
+            "clips": len(records),
+            "failed": failed,
+            "scores": {name: {"value": value, "low": low, "high": high} for name, value, low, high in scores},
+        }
+        write_whole(arguments.out, [json.dumps(found, indent=1) + "\n"])
+    return 0
+
+
+def _vlm_scores(
+    model: VLM, tokenizer: WordTokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
+) -> tuple[Scores, int]:
+    from pyvdl.evaluate import evaluate_captions, evaluate_questions
+    from pyvdl.recipes import model_clip
+
+    clip = _clip(arguments, model_clip(model.config))
+    captioned = [record for record in records if record.captions]
+    asked = [record for record in records if record.questions]
+    if not captioned and not asked:
+        raise ValueError(f"{arguments.data}: no record has captions or questions")
+    scores: Scores = []
+    failed = 0
+    if captioned:
+        found = evaluate_captions(model, tokenizer, captioned, clip=clip, progress=report, **_loading(arguments))
+        scores.append(("CIDEr-D", found.cider, *found.interval))
+        failed = found.failed
+    if asked:
+        answers = evaluate_questions(model, tokenizer, asked, clip=clip, progress=report, **_loading(arguments))
+        for title, name in (
+            ("exact match", "exact_match"),
+            ("exact match, lower and strip", "exact_match_normalised"),
+            ("WUPS", "wups"),
+        ):
+            scores.append((title, getattr(answers, name), *answers.intervals[name]))
+        failed = max(failed, answers.failed)
+    return scores, failed
+
+
+def _dual_encoder_scores(
+    model: DualEncoder, tokenizer: WordTokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
+) -> tuple[Scores, int]:
+    import numpy as np
+
+    from pyvdl.evaluate import class_embeddings, embed_texts, embed_videos, evaluate_retrieval, evaluate_zero_shot
+    from pyvdl.recipes import model_clip
+
+    clip = _clip(arguments, model_clip(model.config))
+    texts = [record.captions[0] if record.captions else None for record in records]
+    labels = [record.label for record in records]
+    if None in texts and None in labels:
+        raise ValueError(
+            f"{arguments.data}: retrieval needs captions on every record, zero-shot a label on every record"
+        )
+    videos = embed_videos(model, records, clip=clip, progress=report, **_loading(arguments))
+    scores: Scores = []
+    if None not in texts:
+        found = evaluate_retrieval(videos, embed_texts(model, tokenizer, [text for text in texts if text is not None]))
+        for direction, title in (("t2v", "text to video"), ("v2t", "video to text")):
+            for name, value in getattr(found, direction).items():
+                scores.append((f"{title} {name.replace('_', ' ')}", value, *found.intervals[direction][name]))
+    if None not in labels:
+        names = sorted({label for label in labels if label is not None})
+        classes = class_embeddings(model, tokenizer, names)
+        zero_shot = evaluate_zero_shot(videos, classes, [names.index(label) for label in labels if label is not None])
+        scores += [
+            (f"zero-shot top-{k}", getattr(zero_shot, f"top{k}"), *zero_shot.intervals[f"top{k}"]) for k in (1, 5)
+        ]
+    return scores, int(np.isnan(videos).any(axis=1).sum())
+
+
+def embed(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from pyvdl.evaluate import embed_videos
+    from pyvdl.models.dual_encoder import DualEncoder
+    from pyvdl.recipes import model_clip
+
+    records = _records(arguments.data)
+    model, _ = _load(arguments.model)
+    if not isinstance(model, DualEncoder):
+        raise ValueError(f"{arguments.model} holds a {type(model).__name__}: embeddings need a dual encoder")
+    errors = {}
+    with _progress("embed") as report:
+        embeddings = embed_videos(
+            model,
+            records,
+            clip=_clip(arguments, model_clip(model.config)),
+            progress=report,
+            on_error=lambda record, error: errors.update({record.key: error}),
+            **_loading(arguments),
+        )
+    keys = [record.key for record in records]
+    temporary = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file, keys=np.array(keys), embeddings=embeddings, errors=np.array([errors.get(key, "") for key in keys])
+        )
+    temporary.replace(arguments.out)
+    print(
+        f"{arguments.out}: {len(keys)} embeddings of {embeddings.shape[1]} numbers, {len(errors)} failed (rows of NaN)"
+    )
+    return 0
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pyvdl.metrics import caption_statistics
+
+    sets = {name: texts for path in arguments.captions for name, texts in _caption_sets(path).items()}
+    if not sets:
+        raise ValueError("no captions in what was named")
+    found = {name: dataclasses.asdict(caption_statistics(texts)) for name, texts in sets.items()}
+    names = list(next(iter(found.values())))
+    _print_table(["captions of", *names], [[name, *(row[n] for n in names)] for name, row in found.items()])
+    return 0
+
+
+# What the commands share.
+
+
+@contextmanager
+def _progress(name: str, enabled: bool = True) -> Iterator[Report]:
+    """A function to call with (done, total); the bar starts at its first call and again when the total changes."""
+    from pyvdl.progress import Progress
+
+    bar: Progress | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None or bar.total != total or done < bar.done:
+            if bar is not None:
+                bar.__exit__(None, None, None)
+            bar = Progress(name, total, enabled=enabled)
+            bar.__enter__()
+        bar.advance(done - bar.done)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as they need, numbers to the right, the last column free."""
+
+    def show(value: Any) -> str:
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
+    for line in [list(header), *cells]:
+        parts = [
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, numeric, strict=True)
+        ]
+        print("  ".join(parts).rstrip())
+
+
+def _print_training(out: Path, history: History) -> None:
+    last = f"{history.losses[-1]:.6f}" if len(history.losses) else "none"
+    print(f"{out / 'model'}: step {int(history.steps[-1])}, loss {last}, waited for data {history.wait_share:.1%}")
+
+
+def _video_paths(paths: Sequence[Path]) -> list[str]:
+    """Videos, those of folders (by suffix, not deeper) and those of manifests, in this order; each file once."""
+    return list(dict.fromkeys(record.video for record in _records(paths)))
+
+
+def _records(paths: Sequence[Path]) -> list[Record]:
+    """One record for each video or segment that `paths` name: videos, folders of videos, manifests."""
+    from pyvdl.data import Record, read_manifest
+
+    found: list[Record] = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            found += read_manifest(path)
+            continue
+        videos = [path]
+        if path.is_dir():
+            videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+            if not videos:
+                raise ValueError(f"{path}: no video in this folder (suffixes {' '.join(sorted(VIDEO_SUFFIXES))})")
+        found += [Record(key=str(video), video=str(video)) for video in videos]
+    return found
+
+
+def _check_settings(arguments: argparse.Namespace) -> None:
+    """A setting that does not exist is a mistake in the command, not a failure of the job."""
+    from pyvdl.config import override, paper, toy
+
+    preset = (toy if arguments.preset == "toy" else paper)(vocab_size=8)
+    run: list[str] = []
+    shape: list[str] = []
+    for change in arguments.set:
+        (shape if change.startswith("model.") else run).append(change.removeprefix("model."))
+    try:
+        if arguments.verb == "train":
+            override(preset.contrastive, run)
+            override(preset.dual_encoder, shape)
+        else:
+            override(preset.visual, run)
+            override(preset.vlm, shape)
+    except ValueError as error:
+        raise UsageError(f"--set {error}") from None
+
+
+def _caption_sets(path: Path) -> dict[str, list[str]]:
+    """The texts of a captioning job's file or folder, or those of a manifest by kind; names for a table's columns."""
+    from pyvdl.caption import JOB_FILE, read_captions
+    from pyvdl.data import read_manifest
+
+    made = (path / JOB_FILE).exists() if path.is_dir() else '"log_probs"' in path.open(encoding="utf-8").readline()
+    if made:
+        return {str(path): [text for row in read_captions(path) for text in row.captions]}
+    records = read_manifest(path)
+    found = {
+        f"{path} captions": [text for record in records for text in record.captions],
+        f"{path} alt_text": [record.alt_text for record in records if record.alt_text],
+    }
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _load(path: Path) -> tuple[VLM | DualEncoder, WordTokenizer]:
+    from pyvdl.checkpoint import load_model
+
+    return load_model(path)
+
+
+def _clip(arguments: argparse.Namespace, clip: ClipConfig) -> ClipConfig:
+    import dataclasses
+
+    return dataclasses.replace(clip, sampling=arguments.sampling)
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"batch_size": arguments.batch_size, "num_threads": arguments.num_threads}
