@@ -49,9 +49,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=["pyvdl", "pyvdl.models", "pyvdl.kernels"],
+    packages=["pyvdl", "pyvdl.metrics", "pyvdl.models", "pyvdl.kernels"],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},
-    package_data={"pyvdl": ["py.typed"]},
+    package_data={"pyvdl": ["py.typed", "report.html.j2"]},
     install_requires=[
         "jax>=0.11",
         "flax>=0.12",
