@@ -1,0 +1,449 @@
+"""The page of a run: plots, one self-contained HTML file and the plain-text table, all made from its report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyvdl.claims import claims, read_score, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STAGES = {"image": "image model", "visual": "visual stage", "language": "language stage"}
+TEXTS = {"alt_text": "alt-text", "pseudo_captions": "pseudo-captions", "human_captions": "human captions"}
+LOSSES = {
+    "adapt": {"pretrain": "image model", "visual": "visual stage", "language": "language stage"},
+    "dual_encoder": {f"dual_{key}": label for key, label in TEXTS.items()},
+}
+STATISTICS = {
+    "captions": "captions",
+    "mean_length": "words a caption",
+    "vocabulary": "different words",
+    "unique_nouns": "different nouns",
+    "unique_verbs": "different verbs",
+}
+THEMES = {
+    "light": {
+        "paper": "#ffffff", "ink": "#1d1c1a", "muted": "#6d6a64", "line": "#e4e1da",
+        "image": "#a3a29e", "visual": "#3f78c9", "language": "#0f8a72",
+        "alt_text": "#a3a29e", "pseudo_captions": "#d9731a", "human_captions": "#7656b8",
+    },
+    "dark": {
+        "paper": "#1e1f23", "ink": "#ebe8e2", "muted": "#a3a09a", "line": "#3a3b41",
+        "image": "#85868b", "visual": "#6d9fe8", "language": "#35b395",
+        "alt_text": "#85868b", "pseudo_captions": "#f0964a", "human_captions": "#a58be0",
+    },
+}  # fmt: skip
+_COMMON_WORDS = frozenset(
+    (
+        "a",
+        "an",
+        "the",
+        "and",
+        "or",
+        "of",
+        "in",
+        "on",
+        "at",
+        "to",
+        "is",
+        "are",
+        "it",
+        "its",
+        "with",
+        "by",
+        "from",
+        "into",
+    )
+)
+_NEEDS = "the report needs matplotlib and Jinja2: pip install 'matplotlib>=3.9' 'jinja2>=3.1'"
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> Path:
+    """Writes the plots and `report.html` into `directory`; returns the page's path.
+
+    Frame files named by the report's examples must be in `directory` already (`save_thumbnail`, `save_strip`). The page
+    holds everything it shows: images are data URIs, there is no script and no address to load anything from.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(_NEEDS) from error
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tested = claims(report)
+    plots = _write_plots(report, directory)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "unbroken": _unbroken}
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        claims=tested,
+        verdict=verdict(tested),
+        held=sum(claim["holds"] for claim in tested),
+        tables=_tables(report),
+        statistics=_statistics(report),
+        plots={name: {theme: _data_uri(path) for theme, path in files.items()} for name, files in plots.items()},
+        films=[_film(example, directory) for example in report["examples"]["captions"]],
+        searches=[_search(example, directory) for example in report["examples"]["retrieval"]],
+        steps=_steps(report),
+        themes=THEMES,
+        stages=STAGES,
+        texts=TEXTS,
+    )
+    path = directory / "report.html"
+    partial = path.with_suffix(".html.part")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The main table as aligned plain text, each score as value [low, high]."""
+    blocks = []
+    for section in _tables(report):
+        rows = [[section["title"], *section["columns"]]]
+        for row in section["rows"]:
+            rows.append([row["label"], *(f"{cell['value']} {cell['interval']}".strip() for cell in row["cells"])])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, "Scores are in percent points with 95% bootstrap intervals over the test clips."])
+
+
+def save_thumbnail(frame: np.ndarray, path: Path, *, max_side: int = 160) -> Path:
+    """Writes one frame, uint8[H, W, 3], as PNG; larger ones are shrunk so that no side passes `max_side` pixels."""
+    image = _image(frame)
+    image.thumbnail((max_side, max_side))
+    image.save(path, format="PNG")
+    return Path(path)
+
+
+def save_strip(frames: np.ndarray, path: Path, *, max_side: int = 160, gap: int = 3) -> Path:
+    """Writes frames, uint8[T, H, W, 3], side by side as one PNG with black gaps of `gap` pixels between them."""
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or len(frames) == 0:
+        raise ValueError(f"frames have shape {frames.shape}; expected [T, H, W, 3] with at least one frame")
+    images = [_image(frame) for frame in frames]
+    for image in images:
+        image.thumbnail((max_side, max_side))
+    width, height = images[0].size
+    from PIL import Image
+
+    strip = Image.new("RGB", (len(images) * (width + gap) - gap, height))
+    for position, image in enumerate(images):
+        strip.paste(image, (position * (width + gap), 0))
+    strip.save(path, format="PNG")
+    return Path(path)
+
+
+def _image(frame: np.ndarray) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("writing frames needs Pillow: pip install pillow") from error
+
+    frame = np.asarray(frame)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+        raise ValueError(f"a frame is {frame.dtype}{list(frame.shape)}; expected uint8[H, W, 3]")
+    return Image.fromarray(np.ascontiguousarray(frame))
+
+
+# What the page and the text table show ------------------------------------------------------------------------------
+
+
+def _tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    vlm, dual = report["vlm"], report["dual_encoder"]
+    adapted = [
+        _row("CIDEr-D", [vlm[stage]["cider"] for stage in STAGES]),
+        _row("exact match", [vlm[stage]["exact_match"] for stage in STAGES]),
+    ]
+    for family in vlm["visual"]["exact_match_by_family"]:
+        adapted.append(_row(f"  {family}", [vlm[stage]["exact_match_by_family"][family] for stage in STAGES]))
+    adapted += [
+        _row("WUPS", [vlm[stage]["wups"] for stage in STAGES]),
+        _row("detail recall", [vlm[stage]["detail_recall"] for stage in STAGES]),
+        _row("words a caption", [vlm[stage]["mean_length"] for stage in STAGES]),
+        _row("words a description", [vlm[stage]["detail_length"] for stage in STAGES]),
+    ]
+    trained = []
+    for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
+        for score in ("R@1", "R@5", "R@10"):
+            trained.append(_row(f"{name} {score}", [dual[texts][direction][score] for texts in TEXTS]))
+        trained.append(_row(f"{name} median rank", [dual[texts][direction]["median_rank"] for texts in TEXTS]))
+    for score, name in (("top1", "zero-shot top-1"), ("top5", "zero-shot top-5")):
+        trained.append(_row(name, [dual[texts][score] for texts in TEXTS]))
+    return [
+        {"title": "Captioner", "keys": list(STAGES), "columns": list(STAGES.values()), "rows": adapted},
+        {"title": "Encoder, by training text", "keys": list(TEXTS), "columns": list(TEXTS.values()), "rows": trained},
+    ]
+
+
+def _row(label: str, scores: Sequence[Any]) -> dict[str, Any]:
+    return {"label": label, "cells": [_cell(score) for score in scores]}
+
+
+def _cell(score: Any) -> dict[str, str]:
+    """A score with its interval, or a bare number (lengths, ranks) without one."""
+    if isinstance(score, Mapping):
+        return {"value": f"{score['value']:.1f}", "interval": f"[{score['low']:.1f}, {score['high']:.1f}]"}
+    return {"value": f"{score:.1f}", "interval": ""}
+
+
+def _statistics(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    counted = report["caption_statistics"]
+    return [
+        {"label": label, "cells": [_number(counted[texts][key]) for texts in TEXTS]}
+        for key, label in STATISTICS.items()
+    ]
+
+
+def _steps(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The method in one line a step, with the seconds each took; what no step accounts for comes last."""
+    corpus, seconds = report["corpus"], report["seconds"]
+    codecs = ", ".join(f"{count} {codec}" for codec, count in corpus["codecs"].items())
+    pseudo = report["caption_statistics"]["pseudo_captions"]["captions"]
+    lines = {
+        "corpus": (
+            "Corpus",
+            f"{_number(corpus['files'])} video files rendered and encoded ({codecs}), cut into "
+            f"{_number(corpus['train'])} training, {_number(corpus['unlabelled'])} unlabelled "
+            f"and {_number(corpus['test'])} test clips.",
+        ),
+        "pretrain": ("Image model", "A small image-text model is trained on single frames: the starting point."),
+        "visual": ("Visual stage", "The vision tower learns from short video captions; the language model is frozen."),
+        "language": (
+            "Language stage",
+            "The language model learns from instructions made of narratives; the vision tower is frozen.",
+        ),
+        "caption": (
+            "Captions",
+            f"{_number(pseudo)} captions are sampled for the unlabelled clips by nucleus sampling; all are kept.",
+        ),
+        "dual_encoder": (
+            "Dual encoder",
+            "One video-text encoder is trained three times from the same start: on alt-text, pseudo-captions and "
+            "human captions.",
+        ),
+        "evaluate": ("Evaluation", f"Every model is scored on the same {_number(corpus['test'])} test clips."),
+    }
+    total = seconds["total"]
+    steps = [
+        {"name": name, "text": text, "seconds": seconds[key], "share": seconds[key] / total}
+        for key, (name, text) in lines.items()
+    ]
+    rest = total - sum(step["seconds"] for step in steps)
+    if rest > 0.01 * total:
+        steps.append(
+            {"name": "Everything else", "text": "Loading, examples and all else that no step counts.", "seconds": rest}
+        )
+        steps[-1]["share"] = rest / total
+    return steps
+
+
+def _film(example: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """One test clip: its frames, what each stage said of it and which questions it answered."""
+    human = {word for caption in example["human"] for word in _words(caption)}
+    said = [{"key": stage, "label": label, "words": _marked(example[stage], human)} for stage, label in STAGES.items()]
+    said.append({"key": "language", "label": "asked for detail", "words": _marked(example["detail"], human)})
+    questions = [
+        {
+            "question": question["question"],
+            "answer": question["answer"],
+            "replies": [
+                {"text": question[when], "right": _same(question[when], question["answer"])}
+                for when in ("before", "after")
+            ],
+        }
+        for question in example["questions"]
+    ]
+    return {
+        "key": example["key"],
+        "frames": [_data_uri(directory / name, photograph=True) for name in example["frames"]],
+        "human": example["human"],
+        "said": said,
+        "questions": questions,
+    }
+
+
+def _search(example: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    ranked = [{**entry, "frame": _data_uri(directory / entry["frame"], photograph=True)} for entry in example["ranked"]]
+    place = next((rank for rank, entry in enumerate(ranked, 1) if entry["correct"]), None)
+    return {"query": example["query"], "encoder": TEXTS[example["encoder"]], "ranked": ranked, "place": place}
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text.casefold()) if word not in _COMMON_WORDS]
+
+
+def _marked(text: str, human: set[str]) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether it is a telling word that a human caption of the clip has too."""
+    return [(piece, piece.casefold() in human) for piece in re.findall(r"\w+|\W+", text)]
+
+
+def _same(first: str, second: str) -> bool:
+    return " ".join(first.casefold().split()) == " ".join(second.casefold().split())
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.1f}"
+
+
+def _percent(share: float) -> str:
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is {share!r}; expected a fraction from 0 to 1")
+    return f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def _unbroken(sentence: str) -> str:
+    """The sentence with no-break spaces between a value and its interval, and inside the interval."""
+    return re.sub(r" \[[^]]*\]", lambda interval: interval.group().replace(" ", "\u00a0"), sentence)
+
+
+def _data_uri(path: Path, *, photograph: bool = False) -> str:
+    """The image as a data URI; photographs as JPEG, which noise makes several times smaller than PNG."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the report names the image {path}, which is not there")
+    content, kind = path.read_bytes(), "png"
+    if photograph:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").save(buffer, format="JPEG", quality=88)
+        content, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+# Plots --------------------------------------------------------------------------------------------------------------
+
+
+def _write_plots(report: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Path]]:
+    """Every plot as `plot-<name>.png` and, for dark screens, `plot-<name>-dark.png`."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(_NEEDS) from error
+
+    files: dict[str, dict[str, Path]] = {}
+    for theme, colours in THEMES.items():
+        settings: dict[Any, Any] = {
+            "figure.facecolor": colours["paper"], "axes.facecolor": colours["paper"],
+            "text.color": colours["ink"], "axes.labelcolor": colours["muted"], "axes.edgecolor": colours["line"],
+            "xtick.color": colours["muted"], "ytick.color": colours["muted"], "grid.color": colours["line"],
+            "xtick.labelcolor": colours["ink"], "axes.spines.top": False, "axes.spines.right": False,
+            "axes.spines.left": False, "axes.axisbelow": True, "font.size": 10, "font.family": "DejaVu Sans",
+            "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 9.5,
+        }  # fmt: skip
+        with matplotlib.rc_context(settings):
+            for name, figure in _figures(report, colours).items():
+                path = directory / (f"plot-{name}.png" if theme == "light" else f"plot-{name}-{theme}.png")
+                figure.savefig(path, dpi=200)
+                files.setdefault(name, {})[theme] = path
+    return files
+
+
+def _figures(report: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Figure]:
+    def vlm(score: str) -> dict[str, Any]:
+        return {stage: read_score(report, "vlm", stage, score) for stage in STAGES}
+
+    def dual(*path: str) -> dict[str, Any]:
+        return {texts: read_score(report, "dual_encoder", texts, *path) for texts in TEXTS}
+
+    recalls = ("R@1", "R@5", "R@10")
+    return {
+        "captions": _bars({"CIDEr-D": vlm("cider")}, STAGES, colours),
+        "answers": _bars(
+            {"exact match": vlm("exact_match"), "WUPS": vlm("wups"), "detail recall": vlm("detail_recall")},
+            STAGES,
+            colours,
+        ),
+        "text-to-video": _bars({recall: dual("t2v", recall) for recall in recalls}, TEXTS, colours),
+        "video-to-text": _bars({recall: dual("v2t", recall) for recall in recalls}, TEXTS, colours),
+        "zero-shot": _bars({"top-1": dual("top1"), "top-5": dual("top5")}, TEXTS, colours),
+        "losses-captioner": _curves(report["losses"], LOSSES["adapt"], colours),
+        "losses-encoder": _curves(report["losses"], LOSSES["dual_encoder"], colours),
+    }
+
+
+def _figure() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no global state and no backend to choose, savefig uses Agg
+
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _bars(groups: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Groups of bars, one bar for each key of `labels`, with 95% intervals and the values written above them.
+
+    A single group has its bars named below them, several have a legend.
+    """
+    figure, axes = _figure()
+    width = 0.8 / len(labels)
+    top = max(score.high for group in groups.values() for score in group.values())
+    for position, (key, label) in enumerate(labels.items()):
+        at = np.arange(len(groups)) + (position - (len(labels) - 1) / 2) * width
+        scores = [group[key] for group in groups.values()]
+        values = np.array([score.value for score in scores])
+        ends = np.array([[score.low for score in scores], [score.high for score in scores]])
+        axes.bar(at, values, (0.9 if len(groups) > 1 else 0.6) * width, color=colours[key], label=label)
+        errors = np.maximum([values - ends[0], ends[1] - values], 0)
+        axes.errorbar(at, values, errors, fmt="none", ecolor=colours["ink"], elinewidth=1, capsize=2.5, capthick=1)
+        for x, score in zip(at, scores):
+            height = max(score.high, score.value) + 0.02 * top
+            axes.text(x, height, f"{score.value:.1f}", ha="center", va="bottom", fontsize=8.5, color=colours["ink"])
+    if len(groups) == 1:
+        axes.set_xticks((np.arange(len(labels)) - (len(labels) - 1) / 2) * width, list(labels.values()))
+        axes.set_ylabel(next(iter(groups)))
+        axes.margins(x=0.08)
+    else:
+        axes.set_xticks(np.arange(len(groups)), list(groups))
+        figure.legend(loc="outside upper left", ncols=len(labels), handlelength=1, handleheight=1, columnspacing=1.4)
+    axes.set_ylim(0, 1.12 * top if top > 0 else 1)
+    axes.grid(axis="y", linewidth=0.7)
+    return figure
+
+
+def _curves(losses: Mapping[str, Any], labels: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Losses over steps: each curve faint as logged, its running mean over a twentieth of the run in full colour."""
+    figure, axes = _figure()
+    for key, label in labels.items():
+        points = np.asarray(losses[key], dtype=float).reshape(-1, 2)
+        colour = colours[{"pretrain": "image"}.get(key, key.removeprefix("dual_"))]
+        axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(points[:, 0], _smooth(points[:, 1]), color=colour, linewidth=1.8, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(linewidth=0.7)
+    axes.margins(x=0.01)
+    figure.legend(loc="outside upper left", ncols=len(labels), handlelength=1.2, columnspacing=1.4)
+    return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean, float64[N] -> float64[N]; the window shrinks at the ends, nothing is padded."""
+    half = math.ceil(len(values) / 40)
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
