@@ -385,7 +385,7 @@ def test_page_is_self_contained_and_shows_everything(with_frames: dict[str, Any]
     assert "12 min 51 s" in shown
     assert "Everything else" in shown
     assert "Debian 12" in shown
-    assert found.tags.count("img") == 7 + 4 * 8 + 4 * 5
+    assert found.tags.count("img") == 2 * 7 + 4 * 8 + 4 * 5  # each plot in a light and a dark version
     assert re.search(r"<mark>crosses</mark>", page)
     assert page.count('aria-label="wrong"') == 4  # "a shape" for "it grows", once a clip; case does not matter
 
