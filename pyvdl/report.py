@@ -62,7 +62,7 @@ _COMMON_WORDS = frozenset(
         "with",
         "by",
         "from",
-        "into",
+        "then",
     )
 )
 _NEEDS = "the report needs matplotlib and Jinja2: pip install 'matplotlib>=3.9' 'jinja2>=3.1'"
@@ -82,6 +82,8 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tested = claims(report)
+    films = [_film(example, directory) for example in report["examples"]["captions"]]  # before the plots: may refuse
+    searches = [_search(example, directory) for example in report["examples"]["retrieval"]]
     plots = _write_plots(report, directory)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -99,8 +101,8 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
         tables=_tables(report),
         statistics=_statistics(report),
         plots={name: {theme: _data_uri(path) for theme, path in files.items()} for name, files in plots.items()},
-        films=[_film(example, directory) for example in report["examples"]["captions"]],
-        searches=[_search(example, directory) for example in report["examples"]["retrieval"]],
+        films=films,
+        searches=searches,
         steps=_steps(report),
         themes=THEMES,
         stages=STAGES,
