@@ -14,7 +14,7 @@ import shutil
 import typing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,11 +22,9 @@ from flax import nnx
 
 import pyvdl
 from pyvdl.config import DualEncoderConfig, VLMConfig
+from pyvdl.models.dual_encoder import DualEncoder
+from pyvdl.models.vlm import VLM
 from pyvdl.text import WordTokenizer
-
-if TYPE_CHECKING:
-    from pyvdl.models.dual_encoder import DualEncoder
-    from pyvdl.models.vlm import VLM
 
 _CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEncoderConfig}
 
@@ -34,8 +32,8 @@ _CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEn
 class Checkpointer:
     """Saves the state of a training run under `workdir`/checkpoints/STEP and keeps the newest `keep` of them.
 
-    Saving is asynchronous: `save` returns when the arrays are on the host. A checkpoint gets its final name only when it
-    is whole, so one that a crash cut short is never restored.
+    Saving is asynchronous: `save` returns when the arrays are on the host. A checkpoint gets its final name only when
+    it is whole, so one that a crash cut short is never restored.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
@@ -56,7 +54,8 @@ class Checkpointer:
 
     @property
     def latest_step(self) -> int | None:
-        """Steps done at the newest whole checkpoint, None when there is none."""
+        """Steps done at the newest whole checkpoint, None when there is none. Waits for one being written."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, step: int, model_state: Any, opt_state: Any, data_state: dict[str, Any]) -> None:
@@ -146,7 +145,15 @@ def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, WordTok
         if not (source / name).exists():
             raise ValueError(f"{source} is not a saved model: it has no {name}")
     config = load_config(source)
-    graph, state = nnx.split(nnx.eval_shape(lambda: _build(config)))
+    graph, state = nnx.split(
+        nnx.eval_shape(
+            lambda: (
+                VLM(config, rngs=nnx.Rngs(0))
+                if isinstance(config, VLMConfig)
+                else DualEncoder(config, rngs=nnx.Rngs(0))
+            )
+        )
+    )
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(source / "params", _abstract(state))
     return nnx.merge(graph, _unflatten(restored, state)), WordTokenizer.load(source / "tokenizer.json")
@@ -159,16 +166,6 @@ def load_config(path: str | os.PathLike[str]) -> VLMConfig | DualEncoderConfig:
     if not isinstance(found, dict) or found.get("class") not in _CONFIGS:
         raise ValueError(f"{source}: expected an object whose class is one of {', '.join(_CONFIGS)}")
     return _from_dict(_CONFIGS[found["class"]], found["config"], str(source))
-
-
-def _build(config: VLMConfig | DualEncoderConfig) -> VLM | DualEncoder:
-    if isinstance(config, VLMConfig):
-        from pyvdl.models.vlm import VLM
-
-        return VLM(config, rngs=nnx.Rngs(0))
-    from pyvdl.models.dual_encoder import DualEncoder
-
-    return DualEncoder(config, rngs=nnx.Rngs(0))
 
 
 def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
@@ -217,7 +214,7 @@ def _unflatten(values: dict[str, Any], like: Any) -> Any:
 
 
 def _abstract(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes, types and shardings that a restore needs; arrays without a sharding go to the default device."""
+    """Returns the shapes, types and shardings to restore; arrays without a sharding go to the default device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(value: Any) -> jax.ShapeDtypeStruct:
@@ -238,10 +235,9 @@ def _check_same_names(where: str, found: Any, wanted: dict[str, Any]) -> None:
             "Use the model and settings it was started with, or another workdir"
         )
     for name, value in wanted.items():
-        if tuple(found[name].shape) != tuple(value.shape):
-            raise ValueError(
-                f"{where}: {name} has shape {tuple(found[name].shape)}, the model wants {tuple(value.shape)}"
-            )
+        has, wants = (tuple(found[name].shape), found[name].dtype), (tuple(value.shape), value.dtype)
+        if has != wants:
+            raise ValueError(f"{where}: {name} is {has[1]}{list(has[0])}, the model wants {wants[1]}{list(wants[0])}")
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -17,8 +17,8 @@ _NOT_DECAYED = frozenset({"bias", "scale"})  # of layers; stacked over depth the
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Returns step (0 the first) -> learning rate: linear warm-up to the peak, then the decay of `config.schedule`.
 
-    The first step already moves (peak / warmup_steps, not 0) and step `warmup_steps - 1` has the peak. "inverse_sqrt" is
-    peak * sqrt(warmup_steps / (step + 1)); "cosine" reaches 0 after `total_steps`.
+    The first step already moves (peak / warmup_steps, not 0) and step `warmup_steps - 1` has the peak. "inverse_sqrt"
+    is peak * sqrt(warmup_steps / (step + 1)); "cosine" reaches 0 after `total_steps`.
     """
     warmup, peak = config.warmup_steps, config.peak_learning_rate
     if warmup < 0:
@@ -81,7 +81,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
 def _factored_rms(config: OptimConfig) -> optax.GradientTransformation:
     def decay(step: jax.typing.ArrayLike, exponent: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(step, jnp.float32) + 1.0
-        return jnp.minimum(config.b2, 1.0 - count ** (-exponent))
+        return jnp.minimum(config.b2, 1.0 - jnp.power(count, -jnp.asarray(exponent)))
 
     return optax.scale_by_factored_rms(
         decay_rate=config.decay_exponent, min_dim_size_to_factor=_MIN_FACTORED_DIM, decay_rate_fn=decay

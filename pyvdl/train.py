@@ -78,16 +78,16 @@ def fit(
     """Trains `model` in place for `config.steps` steps and returns what happened.
 
     `loss_fn(model, batch)` returns the loss and a dict of scalars to log. Only parameters below the prefixes
-    `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run writes
-    metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes it save
-    and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early, FloatingPointError
-    when the loss or the gradient is no longer finite.
+    `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run
+    writes metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes
+    it save and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early,
+    FloatingPointError when the loss or the gradient is no longer finite.
     """
     for setting in ("steps", "log_every", "checkpoint_every"):
         if getattr(config, setting) < 1:
             raise ValueError(f"{setting}={getattr(config, setting)}: expected 1 or more")
     mesh = make_mesh()
-    graph, params, frozen, rest = nnx.split(model, _trainable(model, config.trainable), nnx.Param, ...)
+    graph, params, frozen, rest = _split(model, config.trainable)
     params, rest = replicate(params, mesh), replicate(rest, mesh)
     frozen = jax.device_put(frozen, replicated(mesh))
     nnx.update(model, params)  # lets go of the arrays that were copied
@@ -105,7 +105,7 @@ def fit(
             if found is not None:
                 first, restored, opt_state, data_state = found
                 nnx.update(model, restored)
-                _, params, frozen, rest = nnx.split(model, _trainable(model, config.trainable), nnx.Param, ...)
+                _, params, frozen, rest = _split(model, config.trainable)
                 batches.set_state(data_state)
             if first > config.steps:
                 raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
@@ -147,8 +147,8 @@ def fit(
 def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative log-likelihood of the target tokens given video and prompt (paper, Eq. 1), averaged over tokens.
 
-    batch: video uint8[B, T, H, W, 3] (absent: text only), prompt int32[B, L], target int32[B, M], ok bool[B]. Padding and
-    clips that are not ok have weight 0.
+    batch: video uint8[B, T, H, W, 3] (absent: text only), prompt int32[B, L], target int32[B, M], ok bool[B]. Padding
+    and clips that are not ok have weight 0.
     """
     target, ok = batch["target"], batch["ok"]
     logits = model(batch.get("video"), batch["prompt"], target)
@@ -181,8 +181,8 @@ def _set_aside(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Makes rows that are not ok invisible to a softmax contrastive loss, shapes unchanged but for two columns.
 
-    The two columns give an ok row and a bad row the logit -1024 * scale, whose exponential is 0, and leave the logits of
-    ok rows as they are. Bad rows lose their content, share one group, and so have nothing but themselves: loss 0.
+    The two columns give an ok row and a bad row the logit -1024 * scale, whose exponential is 0, and leave the logits
+    of ok rows as they are. Bad rows lose their content, share one group, and so have only themselves: loss 0.
     video, text float[B, E] -> [B, E + 2] each.
     """
     far = 32.0
@@ -193,8 +193,8 @@ def _set_aside(
     return video, text, jnp.where(ok, groups, -1)
 
 
-def _trainable(model: nnx.Module, prefixes: tuple[str, ...]) -> Callable[[tuple[Any, ...], Any], bool]:
-    """Returns the nnx filter of the parameters below `prefixes`; every prefix must name at least one."""
+def _split(model: nnx.Module, prefixes: tuple[str, ...]) -> tuple[Any, Any, Any, Any]:
+    """Returns graph, parameters below `prefixes`, other parameters, other state; every prefix must name a parameter."""
     wanted = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
     paths = [tuple(map(str, path)) for path in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths]
     for prefix, parts in zip(prefixes, wanted):
@@ -207,7 +207,8 @@ def _trainable(model: nnx.Module, prefixes: tuple[str, ...]) -> Callable[[tuple[
         names = tuple(map(str, path))
         return isinstance(value, nnx.Param) and any(names[: len(parts)] == parts for parts in wanted)
 
-    return accepts
+    graph, params, frozen, rest = nnx.split(model, accepts, nnx.Param, ...)  # type: ignore[misc]
+    return graph, params, frozen, rest
 
 
 def _make_step(graph: Any, loss_fn: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
@@ -226,7 +227,7 @@ def _make_step(graph: Any, loss_fn: LossFunction, optimizer: optax.GradientTrans
 
 
 class _Ahead:
-    """Hands out `count` batches as device arrays with the data state after each; the next is copied while one is used."""
+    """Hands out `count` batches as device arrays with the data state after each, the next copied while one is used."""
 
     def __init__(self, batches: BatchSource, mesh: Mesh, count: int) -> None:
         self.wait_seconds = 0.0
@@ -253,7 +254,7 @@ class _Ahead:
             batch = next(self._batches)
         except StopIteration:
             raise ValueError(f"batches ended after {self._taken} batches; {self._count} steps were to do") from None
-        if running is not None and running.is_ready():
+        if running is not None and running.is_ready():  # type: ignore[attr-defined]
             self.wait_seconds += time.perf_counter() - begin
         self._taken += 1
         arrays = {key: value for key, value in batch.items() if key not in _HOST_ONLY}

@@ -1,4 +1,4 @@
-"""fit on a tiny model: freezing, logging, exact resume after a crash and after SIGTERM; the two losses on plain arrays."""
+"""fit on a tiny model: freezing, logging, exact resume after a crash and after SIGTERM; the two losses."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_metrics_have_every_log_step_once(uninterrupted: tuple[History, dict[str
 
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_resume_gives_the_same_bits(at: int, uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
-    """The run ends after `at` steps by an error of its data, as a crash would; steps since the checkpoint are redone."""
+    """The run ends after `at` batches by an error of its data; steps since the checkpoint are done again."""
     with pytest.raises(ValueError, match="ended after"):
         run(tmp_path, source=Source(length=at))
     torn = tmp_path / "metrics.jsonl"

@@ -1,0 +1,214 @@
+"""Checkpoints: kept, whole or not taken, refused by another run; saved models come back bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pyvdl.checkpoint import Checkpointer, load_model, save_model
+from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+from pyvdl.models.dual_encoder import DualEncoder
+from pyvdl.models.vlm import VLM
+from pyvdl.text import WordTokenizer
+
+TOKENIZER = WordTokenizer.from_texts(["a red ball rolls over the hill"])
+VISION = ViTConfig(image_size=8, patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=16, dtype="float32")
+
+
+def tree(value: float) -> dict[str, Any]:
+    return {"a": jnp.full((3, 2), value), "list": [jnp.array(value, jnp.bfloat16), jax.random.key(int(value))]}
+
+
+def template() -> dict[str, Any]:
+    return tree(0.0)
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        assert x.dtype == y.dtype
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_newest_are_kept_and_come_back_equal(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.restore_latest(template(), template()) is None
+        for step in (1, 2, 3):
+            checkpointer.save(step, tree(float(step)), tree(10.0 + step), {"position": step})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        found = checkpointer.restore_latest(template(), template())
+    assert found is not None
+    step, model, optimizer, data = found
+    assert (step, data) == (3, {"position": 3})
+    assert_same(model, tree(3.0))
+    assert_same(optimizer, tree(13.0))
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
+    """The arrays are donated, and so overwritten, while the checkpoint is still being written."""
+    replace = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    state = jnp.zeros(1_000_000)
+    with Checkpointer(tmp_path, keep=5) as checkpointer:
+        for step in range(1, 6):
+            checkpointer.save(step, {"x": state}, {"count": jnp.array(step)}, {})
+            state = replace(state)
+            state.block_until_ready()
+        found = checkpointer.restore_latest({"x": state}, {"count": jnp.array(0)})
+    assert found is not None
+    np.testing.assert_array_equal(found[1]["x"], np.full(1_000_000, 4.0))
+
+
+def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    """Kills a process in the middle of writing, several times; what is found afterwards is always whole."""
+    highest = 0
+    for attempt in range(2):
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        for _ in range(3):  # the third begins when the first is whole and the second is being written
+            assert process.stdout.readline().startswith("saving")
+        time.sleep(0.01 + 0.03 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+        with Checkpointer(tmp_path, keep=2) as checkpointer:
+            found = checkpointer.restore_latest(big(0), big(0))
+        assert found is not None
+        step, model, optimizer, data = found
+        assert step > highest
+        assert data == {"position": step}
+        assert_same(model, big(step))
+        assert_same(optimizer, big(step + 1))
+        highest = step
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert all(name.isdecimal() for name in names), "leftovers of the crashes are cleared away"
+
+
+def test_a_checkpoint_without_its_final_name_is_ignored(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(1, tree(1.0), tree(2.0), {})
+        checkpointer.save(2, tree(3), tree(4), {})
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step == 1
+
+
+def test_another_shape_or_name_is_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(1, tree(1.0), tree(2.0), {})
+        checkpointer.wait()
+        with pytest.raises(ValueError, match=r"1, model.*lacks \['b'\] and has \['list.0', 'list.1'\] too much"):
+            checkpointer.restore_latest({"a": jnp.zeros((3, 2)), "b": jnp.zeros(1)}, template())
+        with pytest.raises(ValueError, match=r"1, optimizer: a is float32\[3, 2\], the model wants bfloat16\[3, 2\]"):
+            checkpointer.restore_latest(template(), {**template(), "a": jnp.zeros((3, 2), jnp.bfloat16)})
+
+
+def test_keep_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep=0"):
+        Checkpointer(tmp_path, keep=0)
+
+
+def vlm(seed: int = 0) -> VLM:
+    language = T5Config(
+        vocab_size=TOKENIZER.vocab_size,
+        width=8,
+        encoder_layers=2,
+        decoder_layers=2,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=16,
+        dtype="float32",
+    )
+    return VLM(VLMConfig(vision=VISION, language=language, num_frames=2), rngs=nnx.Rngs(seed))
+
+
+def dual_encoder(seed: int = 0) -> DualEncoder:
+    text = TextTowerConfig(
+        vocab_size=TOKENIZER.vocab_size, context_length=6, width=8, depth=2, num_heads=2, mlp_dim=16, dtype="float32"
+    )
+    vision = dataclasses.replace(VISION, num_frames=2, class_token=True)
+    return DualEncoder(DualEncoderConfig(vision=vision, text=text, embed_dim=4), rngs=nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize("build", [vlm, dual_encoder])
+def test_a_saved_model_comes_back(build: Any, tmp_path: Path) -> None:
+    model = build(1)
+    save_model(tmp_path / "model", model, model.config, TOKENIZER)
+    found, tokenizer = load_model(tmp_path / "model")
+    assert type(found) is type(model)
+    assert found.config == model.config
+    assert tokenizer.words == TOKENIZER.words
+    assert_same(nnx.state(found), nnx.state(model))
+    video = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
+    text = TOKENIZER.encode_batch(["a red ball", "the hill"], 6, bos=True)
+    arguments = (video, text, text) if isinstance(model, VLM) else (video, text)
+    for x, y in zip(jax.tree.leaves(found(*arguments)), jax.tree.leaves(model(*arguments))):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        model = vlm(seed)
+        save_model(tmp_path / "model", model, model.config, TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert_same(nnx.state(load_model(tmp_path / "model")[0]), nnx.state(vlm(2)))
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vlm(1)
+    save_model(tmp_path / "model", model, model.config, TOKENIZER)
+
+    def fail(self: WordTokenizer, path: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(WordTokenizer, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(tmp_path / "model", vlm(2), model.config, TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert_same(nnx.state(load_model(tmp_path / "model")[0]), nnx.state(model))
+
+
+def test_what_is_no_saved_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path)
+    model = vlm()
+    save_model(tmp_path / "model", model, model.config, TOKENIZER)
+    config = tmp_path / "model" / "config.json"
+    found = json.loads(config.read_text())
+    config.write_text(json.dumps({**found, "class": "Other"}))
+    with pytest.raises(ValueError, match="VLMConfig, DualEncoderConfig"):
+        load_model(tmp_path / "model")
+    config.write_text(json.dumps({**found, "config": {**found["config"], "frames": 3}}))
+    with pytest.raises(ValueError, match="unknown settings frames; VLMConfig has fps, language, num_frames, vision"):
+        load_model(tmp_path / "model")
+
+
+def big(value: int) -> dict[str, jax.Array]:
+    return {f"x{i}": jnp.full(400_000, float(value)) for i in range(8)}
+
+
+if __name__ == "__main__":
+    with Checkpointer(sys.argv[1], keep=2) as writer:
+        first = (writer.latest_step or 0) + 1
+        for number in range(first, first + 1000):
+            print("saving", number, flush=True)
+            writer.save(number, big(number), big(number + 1), {"position": number})
