@@ -46,10 +46,17 @@ def probe(arguments: argparse.Namespace) -> int:
     for path in _video_paths(arguments.paths):
         row: dict[str, Any] = {"video": path, "status": "ok", "error": None}
         try:
-            decoder = VideoDecoder(path)
-            row |= _describe(decoder)
-        except (DecodeError, OSError, ValueError) as error:
-            row |= {"status": "failed", "error": " ".join(str(error).split())}
+            found = VideoDecoder(path).metadata
+            row |= {
+                "codec": found.codec,
+                "size": f"{found.width}x{found.height}",
+                "fps": found.fps,
+                "frames": found.num_frames,
+                "seconds": found.duration_seconds,
+                "rotation": found.rotation,
+            }
+        except DecodeError as error:
+            row |= {"status": "failed", "error": f"{error.stage}: {error.message}"}
         rows.append(row)
         if arguments.json:
             print(json.dumps(row), flush=True)
@@ -96,8 +103,8 @@ def adapt(arguments: argparse.Namespace) -> int:
     from pyvdl import recipes
     from pyvdl.data import read_manifest
 
-    records = read_manifest(arguments.data)
     _check_settings(arguments)
+    records = read_manifest(arguments.data)
     history = recipes.adapt(
         arguments.stage,
         records,

@@ -201,10 +201,11 @@ def score_answers(
     seed: int = 0,
 ) -> QuestionScores:
     """Scores answers however they were made; `owner` int[Q] is the clip of each question (for the bootstrap)."""
+    matches = metrics.exact_match(predictions, answers)
     per_question = {
-        "exact_match": 100 * metrics.exact_match(predictions, answers),
-        "exact_match_normalised": 100 * metrics.exact_match(predictions, answers, normalise=True),
-        "wups": 100 * metrics.wups(predictions, answers),
+        "exact_match": 100.0 * matches.per_item,
+        "exact_match_normalised": 100.0 * matches.per_item_normalised,
+        "wups": 100.0 * metrics.wups(predictions, answers).per_item,
     }
     family = np.array(families)
     return QuestionScores(

@@ -65,7 +65,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
             path.write_bytes(b"no video")
         else:
             write_clip(path, seed=i)
-        questions = tuple(Question(QUESTIONS[j], "left", "short") for j in range(i % 3 + 1))
+        questions = tuple(Question(question=QUESTIONS[j], answer="left", family="short") for j in range(i % 3 + 1))
         found.append(Record(key=str(i), video=str(path), captions=("a red ball moves",), questions=questions))
     return found
 
@@ -204,7 +204,10 @@ def test_answers_do_not_depend_on_batches(vlm: VLM, tokenizer: WordTokenizer, re
     answers = iter(text or "unknowable" for text in first.predictions)
     own = [
         dataclasses.replace(
-            record, questions=tuple(Question(q.question, next(answers), "temporal") for q in record.questions)
+            record,
+            questions=tuple(
+                Question(question=q.question, answer=next(answers), family="temporal") for q in record.questions
+            ),
         )
         for record in records
     ]

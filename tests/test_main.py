@@ -1,0 +1,341 @@
+"""The command line: help, mistakes, every verb on a small corpus; a training that is killed runs in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyvdl
+from pyvdl.__main__ import main
+
+VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "train", "evaluate", "embed", "stats")
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
+Run = Callable[..., tuple[int, str, str]]
+# A model and recipe that compile and train in seconds.
+TINY = [
+    "--set=steps=6",
+    "--set=batch_size=4",
+    "--set=optim.warmup_steps=2",
+    "--set=clip.num_frames=2",
+    "--set=log_every=2",
+]
+TINY_VLM = [
+    *TINY,
+    "--set=model.num_frames=2",
+    "--set=model.vision.image_size=32",
+    "--set=model.vision.depth=1",
+    "--set=model.language.encoder_layers=1",
+    "--set=model.language.decoder_layers=1",
+]
+TINY_DUAL = [
+    *TINY,
+    "--set=model.vision.num_frames=2",
+    "--set=model.vision.image_size=32",
+    "--set=model.vision.depth=1",
+    "--set=model.text.depth=1",
+]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; returns its exit code, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "corpus"
+    assert main(["prepare", "--out", str(folder), "--clips", "24", "--seed", "5"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(corpus: Path) -> Path:
+    """A VLM after both stages."""
+    runs = corpus.parent
+    data = ["--data", str(corpus / "train.jsonl")]
+    assert main(["adapt", "--stage", "visual", *data, "--out", str(runs / "visual"), *TINY_VLM]) == 0
+    start = ["--model", str(runs / "visual" / "model")]
+    assert main(["adapt", "--stage", "language", *start, *data, "--out", str(runs / "language"), *TINY]) == 0
+    return runs / "language" / "model"
+
+
+@pytest.fixture(scope="module")
+def dual(corpus: Path) -> Path:
+    out = corpus.parent / "dual"
+    data = ["--data", str(corpus / "unlabelled.jsonl"), "--captions", "human"]
+    assert main(["train", *data, "--out", str(out), *TINY_DUAL]) == 0
+    return out / "model"
+
+
+def test_help_names_every_verb_and_each_has_an_example(run: Run) -> None:
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+    for verb in VERBS:
+        code, out, err = run(verb, "--help")
+        assert (code, err) == (0, "")
+        assert f"example:\n  pyvdl {verb} " in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"pyvdl {pyvdl.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "VERB"),
+        (["status"], "'status'"),
+        (["probe"], "at least one video"),
+        (["probe", "--frobnicate"], "--frobnicate"),
+        (["caption", "x.mp4"], "--model"),
+        (["caption", "x.mp4", "--model", "m", "--num-samples", "0"], "'0' is not a whole number above 0"),
+        (["caption", "x.mp4", "--model", "m", "--top-p", "1.5"], "'1.5' is not"),
+        (["caption", "x.mp4", "--model", "m", "--temperature", "-1"], "--temperature"),
+        (["caption", "x.mp4", "--model", "m", "--sampling", "often"], "'often'"),
+        (["caption", "x.mp4", "--mod", "m"], "--model"),
+        (["adapt", "--stage", "third", "--data", "d", "--out", "o"], "'third'"),
+        (["adapt", "--stage", "visual", "--data", "d", "--out", "o", "--set", "stepz=3"], "'stepz'"),
+        (["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "steps=many"], "steps must be int"),
+        (["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "model.depth=2"], "'depth'"),
+        (["train", "--data", "d", "--captions", "human", "--out", "o", "--seed", "1"], "--seed"),
+        (["prepare", "--out", "o", "--seed", "-1"], "'-1'"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says: str) -> None:
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("pyvdl")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["caption", "x.mp4", "--model", "nowhere"], "nowhere"),
+        (["adapt", "--stage", "visual", "--data", "no.jsonl", "--out", "o"], "no.jsonl"),
+        (["stats", "--captions", "no.jsonl"], "no.jsonl"),
+        (["prepare", "--out", "o", "--clips", "3"], "not 3"),
+    ],
+)
+def test_a_failed_job_is_one_line_and_code_1(
+    run: Run, argv: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"pyvdl {argv[0]}: ")
+    assert says in err
+
+
+def test_probe_gives_each_file_a_row(run: Run, corpus: Path, tmp_path: Path) -> None:
+    video = sorted((corpus / "videos").glob("train_0*.mp4"))[0]
+    (tmp_path / "good.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "bad.mkv").write_bytes(b"not a video at all" * 50)
+    (tmp_path / "notes.txt").write_text("left out of a folder")
+    code, out, err = run("probe", tmp_path, tmp_path / "missing.mp4", "--json")
+    assert (code, err) == (0, "")
+    bad, good, missing = map(json.loads, out.splitlines())
+    assert [Path(row["video"]).name for row in (bad, good, missing)] == ["bad.mkv", "good.mp4", "missing.mp4"]
+    assert [row["status"] for row in (bad, good, missing)] == ["failed", "ok", "failed"]
+    assert bad["error"]
+    assert missing["error"]
+    assert good["error"] is None
+    assert good["size"] == "128x128"
+    assert good["fps"] == pytest.approx(12)
+    assert good["seconds"] == pytest.approx(good["frames"] / 12, abs=0.01)
+    code, out, err = run("probe", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["video", "codec", "size", "fps", "frames", "seconds", "rotation", "status"]
+    assert len(out.splitlines()) == 3
+
+
+def test_probe_reads_manifests_and_says_versions(run: Run, corpus: Path) -> None:
+    manifest = corpus / "test.jsonl"
+    videos = {json.loads(line)["video"] for line in manifest.read_text().splitlines()}
+    code, out, _ = run("probe", manifest, "--json")
+    assert code == 0
+    assert len(out.splitlines()) == len(videos)
+    code, out, _ = run("probe", "--versions")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()][:2] == ["pyvdl", "jax"]
+    assert "libavcodec" in out
+
+
+def test_a_folder_without_videos_is_told(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("probe", tmp_path)
+    assert code == 1
+    assert "no video in this folder" in err
+
+
+def test_instruct_writes_questions_of_three_families(run: Run, corpus: Path, tmp_path: Path) -> None:
+    out_file = tmp_path / "instructions.jsonl"
+    code, out, _ = run("instruct", "--data", corpus / "train.jsonl", "--out", out_file)
+    assert code == 0
+    rows = [json.loads(line) for line in out_file.read_text().splitlines()]
+    families = {question["family"] for row in rows for question in row["questions"]}
+    assert families == {"temporal", "causal", "short"}
+    assert f"{sum(len(row['questions']) for row in rows)} questions" in out
+    # Paths in the new manifest still lead to the videos.
+    code, out, _ = run("probe", out_file, "--json")
+    assert all(json.loads(line)["status"] == "ok" for line in out.splitlines())
+
+
+def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> None:
+    video = sorted((corpus / "videos").glob("test_0*"))[0]
+    options = ["--model", vlm, "--max-length", "8", "--batch-size", "2"]
+    code, out, err = run("caption", video, *options, "--num-samples", "2")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2
+
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"nothing")
+    code, out, err = run("caption", bad, *options)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"pyvdl caption: {bad}: ")
+    assert err.count("\n") == 1
+
+    code, out, _ = run("caption", video, bad, *options, "--json")
+    assert code == 0
+    assert [json.loads(line)["status"] for line in out.splitlines()] == ["ok", "failed"]
+    code, out, _ = run("caption", video, bad, *options)
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines()] == ["status", "ok", "failed"]
+
+    job = ["caption", corpus / "unlabelled.jsonl", *options, "--out", tmp_path / "job", "--shard-size", "3"]
+    code, out, _ = run(*job)
+    assert code == 0
+    code, again, _ = run(*job)
+    assert code == 0
+    assert "3 of them from an earlier run" in again
+    code, _, err = run(*job, "--seed", "1")
+    assert code == 1
+    assert "seed was 0, now 1" in err
+
+    code, out, _ = run("stats", "--captions", tmp_path / "job", corpus / "unlabelled.jsonl")
+    assert code == 0
+    assert len(out.splitlines()) == 4  # header, job, human captions, alt-text
+
+
+def test_captions_of_a_job_train_the_dual_encoder(
+    run: Run, corpus: Path, vlm: Path, dual: Path, tmp_path: Path
+) -> None:
+    job, out = tmp_path / "job", tmp_path / "run"
+    assert run("caption", corpus / "unlabelled.jsonl", "--model", vlm, "--out", job, "--max-length", "6")[0] == 0
+    data = ["--data", corpus / "unlabelled.jsonl", "--captions", job]
+    code, said, _ = run("train", *data, "--model", dual, "--out", out, *TINY)
+    assert code == 0
+    assert f"{out / 'model'}: step 6" in said
+    code, _, err = run("train", *data, "--model", vlm, "--out", tmp_path / "other", *TINY)
+    assert code == 1
+    assert "holds a VLM, not a DualEncoder" in err
+    code, _, err = run("train", *data, "--model", dual, "--out", out, *TINY, "--set=seed=3")
+    assert code == 1
+    assert "another job" in err
+
+
+def test_evaluate_a_vlm(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> None:
+    code, out, _ = run("evaluate", "--model", vlm, "--data", corpus / "test.jsonl", "--out", tmp_path / "scores.json")
+    assert code == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores["scores"]) == {"CIDEr-D", "exact match", "exact match, lower and strip", "WUPS"}
+    assert all(name in out for name in scores["scores"])
+    assert all(score["low"] <= score["value"] <= score["high"] for score in scores["scores"].values())
+    assert scores["failed"] == 0
+
+
+def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Path, tmp_path: Path) -> None:
+    code, out, _ = run("evaluate", "--model", dual, "--data", corpus / "test.jsonl")
+    assert code == 0
+    assert all(f"{way} R@{k}" in out for way in ("text to video", "video to text") for k in (1, 5, 10))
+    assert "zero-shot top-5" in out
+    code, out, _ = run("embed", "--model", dual, "--data", corpus / "test.jsonl", "--out", tmp_path / "test.npz")
+    assert code == 0
+    with np.load(tmp_path / "test.npz") as found:
+        assert found["embeddings"].dtype == np.float32
+        assert len(found["keys"]) == len(found["embeddings"]) == len(found["errors"])
+        np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["test.npz"]
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [loss for line in lines for loss in json.loads(line)["losses"]]
+
+
+def long_training(corpus: Path, out: Path) -> list[str]:
+    """Enough steps that a kill after the first checkpoint falls among them."""
+    sizes = [*TINY_DUAL, "--set=steps=60", "--set=checkpoint_every=5", "--set=log_every=5"]
+    data = ["--data", str(corpus / "unlabelled.jsonl"), "--captions", "human"]
+    return [sys.executable, "-m", "pyvdl", "train", *data, "--out", str(out), *sizes]
+
+
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path) -> list[float]:
+    """Losses of the long training when nobody kills it."""
+    out = corpus.parent / "undisturbed"
+    assert main(long_training(corpus, out)[3:]) == 0
+    return losses(out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_training_goes_on_to_the_same_losses(
+    corpus: Path, undisturbed: list[float], tmp_path: Path, how: signal.Signals
+) -> None:
+    command = long_training(corpus, tmp_path)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not any(p.name.isdigit() for p in (tmp_path / "checkpoints").glob("*")):
+            assert process.poll() is None, "the run ended before its first checkpoint was seen"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(how)
+        assert process.wait(timeout=60) == (0 if how == signal.SIGTERM else -how)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "model").exists(), "the kill came too late to show anything"
+    assert main(command[3:]) == 0
+    assert losses(tmp_path) == undisturbed
+    assert len(undisturbed) == 60
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason="the test videos are not at ../shared/videos")
+def test_every_shared_video_has_a_row(run: Run, vlm: Path) -> None:
+    files = sorted(p for p in SHARED_VIDEOS.iterdir() if p.suffix not in {".md", ".json"})
+    code, out, _ = run("probe", SHARED_VIDEOS, "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["video"]).name for row in rows] == [p.name for p in files]
+    assert [Path(row["video"]).name for row in rows if row["status"] == "failed"] == ["audio_only.mp4"]
+    code, out, _ = run("caption", SHARED_VIDEOS, "--model", vlm, "--max-length", "6", "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["video"]).name for row in rows] == [p.name for p in files]
+    assert {row["status"] for row in rows} == {"ok", "failed"}
+    assert all(row["error"] for row in rows if row["status"] == "failed")
