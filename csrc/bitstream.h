@@ -1,0 +1,41 @@
+// What a coded packet says about itself without being decoded: does it hold a picture, may it be dropped, can decoding
+// start at it. Pure functions over bytes; no FFmpeg types beyond the codec id.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+extern "C" {
+#include <libavcodec/codec_id.h>
+}
+
+namespace pyvdl {
+
+// Where decoding may start.
+enum class Entry : uint8_t {
+  none,   // needs pictures before it
+  open,   // pictures shown before it that follow it in the stream need pictures before it
+  clean,  // nothing after it needs anything before it
+};
+
+struct PacketFacts {
+  bool picture = true;        // it holds (a part of) a picture
+  bool hidden = false;        // the picture is never shown (VP8 and VP9 alternate references)
+  bool disposable = false;    // no other picture refers to it and it carries no parameter sets
+  bool damaged = false;       // its structure contradicts itself
+  Entry entry = Entry::open;  // meaningful for packets the container flags as key frames
+  uint8_t temporal_layer = 0;
+};
+
+class PacketInspector {
+ public:
+  // `extradata` tells whether H.264 and HEVC come with length prefixes (mp4, mkv) or start codes (ts).
+  PacketInspector(AVCodecID codec, std::span<const uint8_t> extradata);
+  PacketFacts inspect(std::span<const uint8_t> packet) const;
+
+ private:
+  AVCodecID codec_;
+  int prefix_bytes_ = 0;  // of the NAL unit length; 0: start codes
+};
+
+}  // namespace pyvdl

@@ -1,0 +1,470 @@
+#include "video_decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace pyvdl {
+namespace {
+
+constexpr int64_t kSkipPackets = 8;     // reading so few packets and forgetting them is cheaper than a seek
+constexpr int kLocatePackets = 256;     // packets read after a seek to find out where it went
+constexpr int64_t kConcealFrames = 64;  // frames tried in place of one that does not come out
+
+bool container_is(const AVFormatContext& format, const char* name) {
+  return std::strstr(format.iformat->name, name) != nullptr;
+}
+
+// mp4, mov, mkv and webm describe their streams in the header; for others FFmpeg must look into the packets.
+bool header_suffices(const AVFormatContext& format) {
+  if (!container_is(format, "mov") && !container_is(format, "matroska")) return false;
+  for (unsigned i = 0; i < format.nb_streams; ++i) {
+    const AVCodecParameters& p = *format.streams[i]->codecpar;
+    if (p.codec_type != AVMEDIA_TYPE_VIDEO) continue;
+    const bool configured = p.codec_id != AV_CODEC_ID_H264 && p.codec_id != AV_CODEC_ID_HEVC;
+    if (p.codec_id == AV_CODEC_ID_NONE || p.width <= 0 || (!configured && p.extradata_size < 7)) return false;
+  }
+  return format.nb_streams > 0;
+}
+
+// Containers whose packets do not each hold one whole shown picture with its time: the frames are counted by decoding.
+bool order_must_be_decoded(const AVFormatContext& format, const AVCodecParameters& parameters) {
+  const bool interlaced = parameters.field_order != AV_FIELD_UNKNOWN && parameters.field_order != AV_FIELD_PROGRESSIVE;
+  if (interlaced && (parameters.codec_id == AV_CODEC_ID_H264 || parameters.codec_id == AV_CODEC_ID_HEVC)) return true;
+  return !container_is(format, "mov") && !container_is(format, "matroska") && !container_is(format, "flv");
+}
+
+std::string name_or_unknown(const char* name) { return name ? name : "unknown"; }
+
+}  // namespace
+
+VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, const Deadline& deadline)
+    : source_(source), options_(options), deadline_(deadline) {
+  open_input();
+  scan_packets();
+  const bool by_decoding = !index_.complete() || order_must_be_decoded(*input_->format(), *stream_->codecpar);
+  open_codec(by_decoding ? 0 : index_.reorder_depth());
+  state_.assign(static_cast<size_t>(index_.num_packets()), 0);
+  if (by_decoding) {
+    index_.set_decoded_order(decode_order());
+    open_codec(index_.reorder_depth());
+  }
+  if (index_.num_frames() == 0) throw Error("decode", "no frame can be decoded");
+  const double seconds = index_.timeline().end;
+  if (seconds > options_.limits.max_seconds) {
+    throw Error("limits",
+                std::to_string(seconds) + " s exceed max_seconds = " + std::to_string(options_.limits.max_seconds));
+  }
+}
+
+void VideoDecoder::set_deadline(const Deadline& deadline) {
+  deadline_ = deadline;
+  input_->set_deadline(deadline);
+}
+
+void VideoDecoder::open_input() {
+  input_.reset();
+  input_ = std::make_unique<Input>(source_, options_.limits.max_bytes, deadline_);
+  AVFormatContext* format = input_->format();
+  if (!header_suffices(*format)) {
+    const int code = avformat_find_stream_info(format, nullptr);
+    deadline_.require();
+    check(code, "header", "stream parameters");
+  }
+  std::vector<AVStream*> videos;
+  for (unsigned i = 0; i < format->nb_streams; ++i) {
+    AVStream* stream = format->streams[i];
+    stream->discard = AVDISCARD_ALL;
+    const bool cover = stream->disposition & AV_DISPOSITION_ATTACHED_PIC;
+    if (stream->codecpar->codec_type == AVMEDIA_TYPE_VIDEO && !cover) videos.push_back(stream);
+  }
+  num_video_streams_ = static_cast<int>(videos.size());
+  const int wanted = options_.stream.value_or(0);
+  if (videos.empty()) throw Error("stream", "no video stream");
+  if (wanted < 0 || wanted >= num_video_streams_) {
+    throw Error("stream",
+                "no video stream " + std::to_string(wanted) + ", there are " + std::to_string(num_video_streams_));
+  }
+  stream_ = videos[static_cast<size_t>(wanted)];
+  stream_->discard = AVDISCARD_DEFAULT;
+  orientation_ = orientation_of(*stream_);
+  const int64_t pixels = static_cast<int64_t>(stream_->codecpar->width) * stream_->codecpar->height;
+  if (pixels > options_.limits.max_pixels) {
+    throw Error("limits", std::to_string(stream_->codecpar->width) + "x" + std::to_string(stream_->codecpar->height) +
+                              " exceeds max_pixels = " + std::to_string(options_.limits.max_pixels));
+  }
+  next_packet_ = 0;
+  held_ = false;
+}
+
+void VideoDecoder::open_codec(int reorder_depth) {
+  const AVCodec* codec = avcodec_find_decoder(stream_->codecpar->codec_id);
+  if (!codec) {
+    throw Error("codec", std::string("no decoder for ") + avcodec_get_name(stream_->codecpar->codec_id));
+  }
+  codec_.reset(avcodec_alloc_context3(codec));
+  if (!codec_) throw std::bad_alloc();
+  check(avcodec_parameters_to_context(codec_.get(), stream_->codecpar), "codec", "parameters");
+  codec_->thread_count = 1;
+  codec_->pkt_timebase = stream_->time_base;
+  codec_->max_pixels = options_.limits.max_pixels;
+  codec_->has_b_frames = std::max(codec_->has_b_frames, reorder_depth);
+  check(avcodec_open2(codec_.get(), codec, nullptr), "codec", codec->name);
+  run_next_ = -1;
+}
+
+void VideoDecoder::scan_packets() {
+  const AVCodecParameters& parameters = *stream_->codecpar;
+  const PacketInspector inspector(parameters.codec_id,
+                                  {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))});
+  std::vector<IndexEntry> packets;
+  int code = 0;
+  for (;;) {
+    deadline_.require();
+    av_packet_unref(packet_.get());
+    if ((code = av_read_frame(input_->format(), packet_.get())) < 0) break;
+    if (packet_->stream_index != stream_->index) continue;
+    IndexEntry entry;
+    entry.pts = packet_->pts;
+    entry.dts = packet_->dts;
+    entry.position_bytes = packet_->pos;
+    entry.duration = packet_->duration;
+    entry.key = packet_->flags & AV_PKT_FLAG_KEY;
+    entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
+    entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
+    entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
+    packets.push_back(entry);
+    if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) {
+      throw Error("limits", "more than max_frames = " + std::to_string(options_.limits.max_frames) + " packets");
+    }
+  }
+  deadline_.require();
+  stats_.packets_read += static_cast<int64_t>(packets.size());
+  truncated_ = code != AVERROR_EOF;
+  if (container_is(*input_->format(), "mov")) {
+    truncated_ |= avformat_index_get_entries_count(stream_) > static_cast<int>(packets.size());
+  }
+  if (packets.empty()) throw Error("read", "the video stream has no packets");
+
+  AVRational rate = stream_->avg_frame_rate.num > 0 ? stream_->avg_frame_rate : stream_->r_frame_rate;
+  int64_t usual_duration = 0;
+  if (rate.num > 0 && rate.den > 0) usual_duration = av_rescale_q(1, av_inv_q(rate), stream_->time_base);
+  index_ = PacketIndex(std::move(packets), {stream_->time_base.num, stream_->time_base.den}, usual_duration);
+  next_packet_ = -1;
+}
+
+// Decodes the whole stream to learn which packets become frames, and in which order.
+std::vector<int64_t> VideoDecoder::decode_order() {
+  std::vector<int64_t> output;
+  const Sink none = [](int64_t, const AVFrame&) {};
+  const auto collect = [&] {
+    for (;;) {
+      const int code = avcodec_receive_frame(codec_.get(), frame_.get());
+      if (code == AVERROR(EAGAIN) || code == AVERROR_EOF) return;
+      if (code < 0) continue;
+      const int64_t token = frame_->pts;
+      ++stats_.frames_decoded;
+      if (token < 0 || token >= index_.num_packets() || state_[static_cast<size_t>(token)]) continue;
+      state_[static_cast<size_t>(token)] = 1;
+      output.push_back(token);
+    }
+  };
+  position(0);
+  for (int64_t ordinal; (ordinal = read_packet()) >= 0;) {
+    packet_->pts = ordinal;
+    packet_->dts = AV_NOPTS_VALUE;
+    packet_->flags &= ~AV_PKT_FLAG_DISCARD;
+    ++stats_.packets_sent;
+    while (avcodec_send_packet(codec_.get(), packet_.get()) == AVERROR(EAGAIN)) collect();
+    collect();
+  }
+  avcodec_send_packet(codec_.get(), nullptr);
+  collect();
+  take_log();
+  std::fill(state_.begin(), state_.end(), 0);
+  return output;
+}
+
+int64_t VideoDecoder::read_packet() {
+  if (std::exchange(held_, false)) return next_packet_++;
+  for (;;) {
+    deadline_.require();
+    av_packet_unref(packet_.get());
+    if (av_read_frame(input_->format(), packet_.get()) < 0) {
+      deadline_.require();
+      return -1;
+    }
+    if (packet_->stream_index != stream_->index) continue;
+    ++stats_.packets_read;
+    if (next_packet_ < 0) {
+      const int64_t found = index_.locate(packet_->pos);
+      if (found < 0) return -1;
+      next_packet_ = found;
+    }
+    if (next_packet_ >= index_.num_packets()) return -1;
+    return next_packet_++;
+  }
+}
+
+bool VideoDecoder::seek_near(int64_t ordinal) {
+  const IndexEntry& entry = index_.packet(ordinal);
+  if (index_.locate(entry.position_bytes) < 0) return false;
+  ++stats_.seeks;
+  held_ = false;
+  AVFormatContext* format = input_->format();
+  // Matroska's cues hold presentation times; the transport and program streams have no index, but packets can be
+  // found again by their place; the tables of the others hold decoding times.
+  const bool by_place = (format->iformat->flags & AVFMT_TS_DISCONT) != 0;
+  int64_t time = container_is(*format, "matroska") || entry.dts == kNoTime ? entry.pts : entry.dts;
+  if (by_place) time = entry.position_bytes;
+  if (time == kNoTime) return false;
+  const int flags = AVSEEK_FLAG_BACKWARD | (by_place ? AVSEEK_FLAG_BYTE : 0);
+  if (av_seek_frame(format, stream_->index, time, flags) < 0) return false;
+  next_packet_ = -1;
+  int64_t found = -1;
+  for (int i = 0; i < kLocatePackets && found < 0; ++i) {
+    found = read_packet();
+    if (found < 0 && next_packet_ < 0 && !packet_->data) return false;  // end of file
+  }
+  if (found < 0 || found > ordinal) return false;
+  held_ = true;
+  next_packet_ = found;
+  return true;
+}
+
+void VideoDecoder::position(int64_t ordinal) {
+  const bool near = next_packet_ >= 0 && next_packet_ <= ordinal && ordinal - next_packet_ <= kSkipPackets;
+  if (!near && !seek_near(ordinal)) open_input();  // from the start, by counting
+  while (next_packet_ != ordinal) {
+    if (read_packet() < 0) throw Error("read", "packet " + std::to_string(ordinal) + " cannot be reached");
+  }
+}
+
+void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
+  if (ranks.empty()) return;
+  const bool contiguous = ranks.back() - ranks.front() + 1 == static_cast<int64_t>(ranks.size());
+  follow_ = contiguous && last_asked_ >= 0 && ranks.front() == last_asked_ + 1;
+  last_asked_ = ranks.back();
+  try {
+    while (!ranks.empty()) {
+      const Group group = next_group(ranks);
+      run_group(group, sink);
+      ranks = ranks.subspan(group.ranks.size());
+    }
+  } catch (...) {
+    run_next_ = -1;  // the decoder's state is unknown
+    last_asked_ = -1;
+    throw;
+  }
+}
+
+VideoDecoder::Group VideoDecoder::next_group(std::span<const int64_t> ranks) const {
+  Group group{ranks.first(1), index_.start_for(ranks[0]), index_.ordinal(ranks[0])};
+  for (size_t i = 1; i < ranks.size(); ++i) {
+    const int64_t start = index_.start_for(ranks[i]);
+    if (start > group.last + 1 || start < group.start) break;
+    group.last = std::max(group.last, index_.ordinal(ranks[i]));
+    group.ranks = ranks.first(i + 1);
+  }
+  return group;
+}
+
+bool VideoDecoder::resumable(const Group& group) const {
+  if (run_next_ < 0 || run_start_ > group.start || group.start > run_next_) return false;
+  return std::all_of(group.ranks.begin(), group.ranks.end(), [&](int64_t rank) {
+    const int64_t ordinal = index_.ordinal(rank);
+    const uint8_t state = state_[static_cast<size_t>(ordinal)];
+    return ordinal >= run_next_ || ((state & kGiven) && !(state & kOut));
+  });
+}
+
+void VideoDecoder::run_group(const Group& group, const Sink& sink) {
+  int64_t start = group.start;
+  attempt(group, resumable(group) ? -1 : start, sink);
+  // A wanted frame that stays away although decoding began at an entry that may be too late: begin earlier.
+  for (int tries = 0; outstanding_ > 0 && start > 0 && tries < 2; ++tries) {
+    start = tries == 0 ? index_.entry_before(start) : 0;
+    attempt(group, start, sink);
+  }
+  if (options_.conceal) {
+    if (outstanding_ > 0) conceal_missing(group, sink);
+    return;
+  }
+  for (const int64_t rank : group.ranks) {
+    if (const std::string fault = fault_of(rank); !fault.empty()) throw Error("decode", fault);
+  }
+}
+
+// Decodes the group from packet `start`, or goes on with the present run when `start` is -1.
+void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) {
+  first_wanted_ = group.ranks.front();
+  outstanding_ = static_cast<int64_t>(group.ranks.size());
+  if (start >= 0) start_run(start);
+  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] |= kWanted;
+  if (start < 0) receive(sink);
+  bool ended = false;
+  while (outstanding_ > 0 && (run_next_ <= group.last || follow_)) {
+    const int64_t ordinal = read_packet();
+    if (ordinal < 0) {
+      ended = true;
+      break;
+    }
+    run_next_ = ordinal + 1;
+    feed(ordinal, sink);
+  }
+  if (outstanding_ > 0 || !follow_ || ended) {
+    send(nullptr, sink);
+    run_next_ = -1;
+  }
+  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] &= ~kWanted;
+}
+
+void VideoDecoder::start_run(int64_t start) {
+  avcodec_flush_buffers(codec_.get());
+  std::fill(state_.begin(), state_.end(), 0);
+  errors_.clear();
+  error_text_.clear();
+  take_log();
+  position(start);
+  run_start_ = start;
+  run_next_ = start;
+}
+
+void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
+  uint8_t& state = state_[static_cast<size_t>(ordinal)];
+  const bool wanted = (state & kWanted) || (follow_ && index_.rank(ordinal) >= first_wanted_);
+  if (index_.packet(ordinal).facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
+  if (!wanted && index_.disposable(ordinal)) return;
+  state |= kGiven;
+  // HEVC's own skipping would also drop pictures that higher temporal layers need; disposable() knows the layers.
+  const bool skips = !wanted && codec_->codec_id != AV_CODEC_ID_HEVC;
+  codec_->skip_frame = skips ? AVDISCARD_NONREF : AVDISCARD_DEFAULT;
+  codec_->skip_loop_filter = options_.fast && !wanted ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
+  packet_->pts = ordinal;  // comes back on the frame and names it
+  packet_->dts = AV_NOPTS_VALUE;
+  packet_->flags &= ~AV_PKT_FLAG_DISCARD;
+  ++stats_.packets_sent;
+  send(packet_.get(), sink);
+}
+
+// Gives the decoder a packet, or tells it with null that no more will come, and takes the frames it has ready.
+void VideoDecoder::send(const AVPacket* packet, const Sink& sink) {
+  int code = avcodec_send_packet(codec_.get(), packet);
+  while (code == AVERROR(EAGAIN)) {
+    const int64_t before = stats_.frames_decoded;
+    receive(sink);
+    code = avcodec_send_packet(codec_.get(), packet);
+    if (stats_.frames_decoded == before && code == AVERROR(EAGAIN)) throw Error("decode", "the decoder is stuck");
+  }
+  if (code < 0 && code != AVERROR_EOF) note_error(run_next_ - 1, code);
+  receive(sink);
+}
+
+void VideoDecoder::receive(const Sink& sink) {
+  // Frames behind the last wanted one are still looked at for errors, unless they will be asked for next.
+  while (outstanding_ > 0 || !follow_) {
+    const int code = avcodec_receive_frame(codec_.get(), frame_.get());
+    if (code == AVERROR(EAGAIN) || code == AVERROR_EOF) return;
+    if (code < 0) {
+      note_error(run_next_ - 1, code);
+      continue;
+    }
+    ++stats_.frames_decoded;
+    const int64_t ordinal = frame_->pts;
+    if (ordinal < 0 || ordinal >= index_.num_packets()) continue;
+    if (frame_->decode_error_flags || (frame_->flags & AV_FRAME_FLAG_CORRUPT)) note_error(ordinal, AVERROR_INVALIDDATA);
+    uint8_t& state = state_[static_cast<size_t>(ordinal)];
+    const bool deliver = (state & kWanted) && !(state & kOut);
+    state |= kOut;
+    if (!deliver) continue;
+    --outstanding_;
+    sink(index_.rank(ordinal), *frame_);
+  }
+}
+
+void VideoDecoder::note_error(int64_t ordinal, int code) {
+  errors_.push_back(ordinal);
+  if (!error_text_.empty()) return;
+  error_text_ = take_log();
+  if (error_text_.empty()) {
+    char text[AV_ERROR_MAX_STRING_SIZE] = {};
+    av_strerror(code, text, sizeof(text));
+    error_text_ = text;
+  }
+}
+
+std::string VideoDecoder::fault_of(int64_t rank) const {
+  const std::string name = "frame " + std::to_string(rank);
+  for (const int64_t ordinal : errors_) {
+    if (index_.spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
+  }
+  if (!(state_[static_cast<size_t>(index_.ordinal(rank))] & kOut)) return name + " did not come out of the decoder";
+  return {};
+}
+
+// Puts the nearest frame before it, else after it, in the place of each frame that never came out.
+void VideoDecoder::conceal_missing(const Group& group, const Sink& sink) {
+  std::vector<int64_t> missing;
+  for (const int64_t rank : group.ranks) {
+    if (!(state_[static_cast<size_t>(index_.ordinal(rank))] & kOut)) missing.push_back(rank);
+  }
+  for (const int64_t rank : missing) {
+    bool found = false;
+    const Sink stand_in = [&](int64_t, const AVFrame& frame) {
+      found = true;
+      sink(rank, frame);
+    };
+    for (int64_t step = 1; step <= kConcealFrames && !found; ++step) {
+      for (const int64_t near : {rank - step, rank + step}) {
+        if (found || near < 0 || near >= index_.num_frames()) continue;
+        const int64_t ranks[1] = {near};
+        const Group single = next_group(ranks);
+        attempt(single, single.start, stand_in);
+      }
+    }
+    if (!found) throw Error("decode", "frame " + std::to_string(rank) + " and its neighbours did not come out");
+  }
+}
+
+Metadata VideoDecoder::metadata() {
+  if (metadata_) return *metadata_;
+  const AVCodecParameters& parameters = *stream_->codecpar;
+  Metadata m;
+  int width = parameters.width, height = parameters.height, format = parameters.format;
+  AVColorSpace space = parameters.color_space;
+  AVColorRange range = parameters.color_range;
+  try {  // the first frame knows better than the header
+    const int64_t first[1] = {0};
+    decode(first, [&](int64_t, const AVFrame& frame) {
+      width = frame.width, height = frame.height, format = frame.format;
+      space = frame.colorspace, range = frame.color_range;
+    });
+    last_asked_ = -1;
+  } catch (const Error& error) {
+    if (error.stage() != "decode") throw;
+  }
+  const Timeline timeline = index_.timeline();
+  m.num_frames = index_.num_frames();
+  m.width = upright_width(width, height, orientation_);
+  m.height = upright_height(width, height, orientation_);
+  m.fps = static_cast<double>(m.num_frames) / timeline.end;
+  m.duration_seconds = timeline.end;
+  m.start_seconds = index_.pts_seconds().front();
+  m.codec = avcodec_get_name(parameters.codec_id);
+  m.pixel_format = name_or_unknown(av_get_pix_fmt_name(static_cast<AVPixelFormat>(format)));
+  m.rotation = orientation_.degrees;
+  m.color_space = name_or_unknown(av_color_space_name(space));
+  m.color_range =
+      color_rule(width, height, space, range, static_cast<AVPixelFormat>(format)).full_range ? "full" : "limited";
+  m.time_base = {stream_->time_base.num, stream_->time_base.den};
+  m.stream_index = stream_->index;
+  m.num_video_streams = num_video_streams_;
+  m.reorder_depth = index_.reorder_depth();
+  m.container = input_->format()->iformat->name;
+  m.truncated = truncated_;
+  metadata_ = m;
+  return m;
+}
+
+}  // namespace pyvdl
