@@ -1,0 +1,329 @@
+"""Manifests of captioned clips, and batches of decoded clips with a position that can be saved.
+
+Grain orders the records (shuffled anew each epoch, repeated); the C++ loader's threads decode ahead; what the caller's
+`encode` makes of a record's texts is stacked beside the clips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from absl import logging
+
+from pyvdl.config import ClipConfig
+
+Family = Literal["temporal", "causal", "short"]
+Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a clip with its answer."""
+
+    question: str
+    answer: str
+    family: Family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One clip: a segment of a video file, and the texts that belong to it."""
+
+    key: str
+    video: str  # path
+    start_seconds: float = 0.0  # from the first shown frame
+    end_seconds: float | None = None  # None: to the end of the video
+    captions: tuple[str, ...] = ()
+    narrative: str | None = None  # a longer account with actor tags
+    alt_text: str | None = None
+    questions: tuple[Question, ...] = ()
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None  # clips of one group are no negatives of each other
+    extra: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, hash=False
+    )  # keys of the manifest not named here
+
+
+_NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra"}
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
+    """Reads a JSONL manifest, one object for each clip; a relative video path is relative to the manifest's folder.
+
+    Raises ValueError naming file, line and what was expected there.
+    """
+    source = Path(path)
+    records: list[Record] = []
+    lines: dict[str, int] = {}
+    with source.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = _parse_record(text, source.parent)
+                if record.key in lines:
+                    raise ValueError(f"key {record.key!r} stands on line {lines[record.key]} already: expected its own")
+            except ValueError as error:
+                raise ValueError(f"{source}:{number}: {error}") from error
+            lines[record.key] = number
+            records.append(record)
+    return records
+
+
+def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Writes what `read_manifest` reads, whole or not at all; videos below the manifest's folder become relative."""
+    target = Path(path).absolute()
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(_to_json(record, target.parent), ensure_ascii=False) + "\n")
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _parse_record(text: str, folder: Path) -> Record:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected one JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {text.strip()[:40]!r}")
+    for name in ("key", "video"):
+        if not found.get(name):
+            raise ValueError(f"{name!r} is missing: expected a non-empty string")
+    for name in ("key", "video", "narrative", "alt_text", "label", "split", "group"):
+        _check(name, found.get(name), isinstance(found.get(name, ""), str | None), "a string")
+    start, end = found.get("start_seconds", 0.0), found.get("end_seconds")
+    _check("start_seconds", start, _is_seconds(start), "a number of 0 or more")
+    _check("end_seconds", end, end is None or (_is_seconds(end) and end > start), f"a number above {start} or null")
+    captions = found.get("captions") or []
+    _check("captions", captions, _is_list_of(captions, str), "a list of strings")
+    questions = found.get("questions") or []
+    _check("questions", questions, _is_list_of(questions, dict), "a list of objects")
+    values = {name: value for name, value in found.items() if name in _NAMED}
+    values |= {
+        "video": os.path.normpath(folder / found["video"]),
+        "start_seconds": float(start),
+        "end_seconds": None if end is None else float(end),
+        "captions": tuple(captions),
+        "questions": tuple(_parse_question(question) for question in questions),
+    }
+    return Record(**values, extra={name: value for name, value in found.items() if name not in _NAMED})
+
+
+def _parse_question(found: dict[str, Any]) -> Question:
+    for name in ("question", "answer"):
+        _check(f"questions: {name}", found.get(name), isinstance(found.get(name), str), "a string")
+    _check(
+        "questions: family", found.get("family"), found.get("family") in get_args(Family), f"one of {get_args(Family)}"
+    )
+    unknown = sorted(set(found) - {"question", "answer", "family"})
+    _check("questions", unknown, not unknown, "only question, answer and family in each")
+    return Question(**found)
+
+
+def _check(name: str, value: Any, is_good: bool, expected: str) -> None:
+    if not is_good:
+        raise ValueError(f"{name} is {value!r}: expected {expected}")
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _to_json(record: Record, folder: Path) -> dict[str, Any]:
+    video = Path(record.video).absolute()
+    result: dict[str, Any] = {
+        "key": record.key,
+        "video": os.fspath(video.relative_to(folder) if video.is_relative_to(folder) else video),
+    }
+    for field in dataclasses.fields(Record):
+        value = getattr(record, field.name)
+        if field.name in _NAMED and field.name not in result and value != field.default:
+            result[field.name] = value
+    if record.questions:
+        result["questions"] = [dataclasses.asdict(question) for question in record.questions]
+    return result | dict(record.extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One place in the endless order of records."""
+
+    position: int  # over all processes and epochs; -1: a row that only fills the last batch
+    epoch: int
+    index: int  # into the records
+
+
+class Batches:
+    """Iterates over dicts of arrays: this process's rows of global batches of `batch_size` records.
+
+    Each has video uint8[B, T, H, W, 3] (unless `clip` is None), ok bool[B], index int64[B] (into `records`) and what
+    `encode(record, rng)` returned, stacked. `rng` and the seed of the clip's sampling follow from (seed, epoch, index)
+    alone. A clip that cannot be decoded has ok False, zeros for frames, and is counted in `failed_clips`. The records
+    run on over the ends of epochs; what does not fill a last batch is dropped, or, with drop_remainder=False, filled up
+    with rows of ok False and index -1.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        encode: Encode,
+        clip: ClipConfig | None,
+        batch_size: int,
+        seed: int,
+        num_epochs: int | None = None,
+        shuffle: bool = True,
+        num_threads: int = 2,
+        prefetch: int = 2,
+        drop_remainder: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        if not records:
+            raise ValueError("records is empty: expected at least one")
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(f"batch_size={batch_size}: expected a positive multiple of the {process_count} processes")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index}: expected 0 to {process_count - 1}")
+        self.wait_seconds = 0.0  # that __next__ waited for the decoder
+        self.failed_clips = 0
+        self._records = records
+        self._encode = encode
+        self._clip = clip
+        self._batch_size = batch_size
+        self._seed = seed
+        self._num_threads, self._prefetch = num_threads, prefetch
+        self._process_index, self._process_count = process_index, process_count
+        self._order = _order(len(records), seed, num_epochs, shuffle)
+        total = len(self._order)
+        self._end = total // batch_size * batch_size if drop_remainder else total
+        if self._end == 0:
+            raise ValueError(
+                f"batch_size={batch_size}: {total} records do not fill one batch; set drop_remainder=False"
+            )
+        self._position = 0  # of the next record to hand out, over all processes
+        self._signature = {"seed": seed, "records": len(records), "shuffle": shuffle}
+        self._items: deque[_Item] = deque()  # of the clips on their way through the loader
+        self._loader: Any = None
+        self._clips: Iterator[Any] | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._position >= self._end:
+            self.close()
+            raise StopIteration
+        if self._clip is None:
+            items = list(self._batch_items(self._position))
+            batch = {"ok": np.array([item.position >= 0 for item in items])}
+        else:
+            items, batch = self._next_clips()
+        texts = [self._encode(self._records[item.index], self._generator(item)) for item in items]
+        batch["index"] = np.array([item.index if item.position >= 0 else -1 for item in items], np.int64)
+        for name in texts[0]:
+            if name in batch:
+                raise ValueError(f"encode returned {name!r}, which the batch has already")
+            batch[name] = np.stack([text[name] for text in texts])
+        self._position += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the batch handed out last; what is decoded ahead does not count."""
+        return {"position": self._position, **self._signature}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position that `get_state` returned for the same records, seed and order."""
+        found = {name: state.get(name) for name in self._signature}
+        if found != self._signature:
+            raise ValueError(f"the saved position is one of {found}, these batches are {self._signature}")
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Stops decoding ahead. The next batch starts it again."""
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = self._clips = None
+        self._items.clear()
+
+    def _next_clips(self) -> tuple[list[_Item], dict[str, np.ndarray]]:
+        from pyvdl.video import ClipLoader
+
+        if self._clips is None:
+            assert self._clip is not None
+            self._loader = ClipLoader(
+                self._requests(self._position),
+                batch_size=self._batch_size // self._process_count,
+                num_threads=self._num_threads,
+                prefetch=self._prefetch,
+                **dataclasses.asdict(self._clip),
+            )
+            self._clips = iter(self._loader)
+        begin = time.perf_counter()
+        clips = next(self._clips)
+        self.wait_seconds += time.perf_counter() - begin
+        items = [self._items.popleft() for _ in clips.ok]
+        ok = clips.ok & np.array([item.position >= 0 for item in items])
+        for item, error in zip(items, clips.errors):
+            if error is not None and item.position >= 0:
+                self.failed_clips += 1
+                logging.warning("clip %s: %s", self._records[item.index].key, error)
+        return items, {"video": clips.data, "ok": ok}
+
+    def _requests(self, position: int) -> Iterator[Any]:
+        """Yields the requests of all batches from `position` on, remembering which record each one is for."""
+        from pyvdl.video import ClipRequest
+
+        for start in range(position, self._end, self._batch_size):
+            for item in self._batch_items(start):
+                self._items.append(item)
+                record = self._records[item.index]
+                yield ClipRequest(record.video, record.start_seconds, record.end_seconds, self._clip_seed(item))
+
+    def _batch_items(self, start: int) -> Iterator[_Item]:
+        """Yields this process's records of the global batch that begins at `start`: every process_count-th one."""
+        for position in range(start + self._process_index, start + self._batch_size, self._process_count):
+            # A filling row repeats the batch's first record, which gives it the shape of every array.
+            source = position if position < self._end else start
+            epoch = source // len(self._records)
+            yield _Item(position if source == position else -1, epoch, int(self._order[source]))
+
+    def _generator(self, item: _Item) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence((self._seed, item.epoch, item.index), spawn_key=(0,)))
+
+    def _clip_seed(self, item: _Item) -> int:
+        sequence = np.random.SeedSequence((self._seed, item.epoch, item.index), spawn_key=(1,))
+        return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def _order(count: int, seed: int, num_epochs: int | None, shuffle: bool) -> Any:
+    """Returns a Grain data set from a position to the index of a record; each epoch holds every record once."""
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("batches need Grain: pip install grain") from error
+    order = grain.MapDataset.range(count).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    return order.repeat(num_epochs)
