@@ -3,20 +3,32 @@
 All scores are fractions (1.0 is perfect; CIDEr is on its own scale); papers print them x100.
 """
 
+from .answers import ExactMatchScore, exact_match
 from .bootstrap import bootstrap_difference, bootstrap_interval
 from .cider import CiderScore, DocumentFrequencies, cider, document_frequencies
+from .preparing import prepare_answer
 from .ptb import ptb_tokenize
 from .retrieval import RankingScores, recall_at_k, top_k_accuracy
+from .statistics import CaptionStatistics, caption_statistics
+from .wups import QUESTION_TYPES, WupsScore, wups
 
 __all__ = [
+    "QUESTION_TYPES",
+    "CaptionStatistics",
     "CiderScore",
     "DocumentFrequencies",
+    "ExactMatchScore",
     "RankingScores",
+    "WupsScore",
     "bootstrap_difference",
     "bootstrap_interval",
+    "caption_statistics",
     "cider",
     "document_frequencies",
+    "exact_match",
+    "prepare_answer",
     "ptb_tokenize",
     "recall_at_k",
     "top_k_accuracy",
+    "wups",
 ]
