@@ -142,7 +142,7 @@ def _write(job: _Job, directory: str, seed: int) -> None:
     encode(Path(directory) / job.path, frames(), job.encoding)
 
 
-def _records(job: _Job, part_of: Sequence[str], seed: int) -> tuple[list[Record], list[Record]]:
+def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> tuple[list[Record], list[Record]]:
     """The clips of one file, and the single frames taken from its train clips."""
     records, frames = [], []
     start_frame = 0
@@ -155,7 +155,7 @@ def _records(job: _Job, part_of: Sequence[str], seed: int) -> tuple[list[Record]
         part = part_of[clip]
         record = Record(
             key=f"{part}-{clip:05d}",
-            video=job.path,
+            video=str(directory / job.path),
             start_seconds=start,
             end_seconds=None if whole else end,
             captions=tuple(words.caption(scene, rng) for _ in range(3)),
@@ -176,7 +176,7 @@ def _records(job: _Job, part_of: Sequence[str], seed: int) -> tuple[list[Record]
             frames.append(
                 Record(
                     key=f"{record.key}-frame-{frame:03d}",
-                    video=job.path,
+                    video=str(directory / job.path),
                     start_seconds=seconds,
                     end_seconds=seconds + 1 / FPS,
                     captions=(words.image_caption(scene, frame / FPS),),
@@ -220,11 +220,14 @@ def make_corpus(
     part_of = [part for part, count in part_sizes(num_clips).items() for _ in range(count)]
     parts: dict[str, list[Record]] = {part: [] for part in (*PARTS, "frames")}
     for job in jobs:
-        records, frames = _records(job, part_of, seed)
+        records, frames = _records(job, directory, part_of, seed)
         for record in records:
             parts[record.split or ""].append(record)
         parts["frames"] += frames
     for part, records in parts.items():
         write_manifest(directory / f"{part}.jsonl", records)
-    codecs = Counter({"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9"}.get(j.encoding.codec, j.encoding.codec) for j in jobs)
+    codecs = Counter(
+        {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9"}.get(j.encoding.codec, j.encoding.codec)
+        for j in jobs
+    )
     return Corpus(directory, **parts, num_files=len(jobs), codecs=dict(codecs))
