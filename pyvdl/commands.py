@@ -64,7 +64,10 @@ def probe(arguments: argparse.Namespace) -> int:
         columns = ("codec", "size", "fps", "frames", "seconds", "rotation", "status")
         _print_table(
             ["video", *columns],
-            [[row["video"], *(row.get(c) for c in columns[:-1]), row["error"] or "ok"] for row in rows],
+            [
+                [row["video"], *(row.get(c) for c in columns[:-1]), f"failed: {row['error']}" if row["error"] else "ok"]
+                for row in rows
+            ],
         )
     return 0
 
@@ -367,6 +370,22 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def _print_training(out: Path, history: History) -> None:
     last = f"{history.losses[-1]:.6f}" if len(history.losses) else "none"
     print(f"{out / 'model'}: step {int(history.steps[-1])}, loss {last}, waited for data {history.wait_share:.1%}")
+
+
+def _versions() -> dict[str, str]:
+    """Names and versions of what a fault may depend on; FFmpeg's libraries as compiled against and as found."""
+    import platform
+    from importlib import metadata
+
+    import pyvdl
+    from pyvdl.video import ffmpeg_versions
+
+    ours = {"pyvdl": pyvdl.__version__, "jax": metadata.version("jax"), "python": platform.python_version()}
+    theirs = {
+        name: built if built == found else f"{found} (compiled against {built})"
+        for name, (built, found) in ffmpeg_versions().items()
+    }
+    return ours | theirs
 
 
 def _video_paths(paths: Sequence[Path]) -> list[str]:
