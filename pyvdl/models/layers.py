@@ -50,8 +50,11 @@ class Stack(nnx.Module):
             block_state, x = inputs
             return body(nnx.merge(graphdef, block_state), carry, *x), None
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)
+        # Without remat the backward pass keeps matrix products and computes what lies between them (norms, GELU, softmax)
+        # again: writing that out for every layer costs more time than computing it, and most of the memory.
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if self.remat else policies.dots_saveable
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, carry, (state, xs))[0]
 
 
