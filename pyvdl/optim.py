@@ -18,7 +18,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Returns step (0 the first) -> learning rate: linear warm-up to the peak, then the decay of `config.schedule`.
 
     The first step already moves (peak / warmup_steps, not 0) and step `warmup_steps - 1` has the peak. "inverse_sqrt"
-    is peak * sqrt(warmup_steps / (step + 1)); "cosine" reaches 0 after `total_steps`.
+    is peak * sqrt(warmup_steps / (step + 1)); "cosine" would reach 0 at step `total_steps`, the one after the last.
     """
     warmup, peak = config.warmup_steps, config.peak_learning_rate
     if warmup < 0:
@@ -33,7 +33,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
         case "cosine":
             if total_steps <= warmup:
                 raise ValueError(f"warmup_steps={warmup}: the cosine schedule needs fewer than the {total_steps} steps")
-            after = optax.cosine_decay_schedule(peak, total_steps - warmup)
+            after = optax.cosine_decay_schedule(peak, total_steps - max(0, warmup - 1))
         case "constant":
             after = optax.constant_schedule(peak)
         case unknown:

@@ -243,6 +243,15 @@ def test_the_same_command_goes_on_after_a_signal(
     assert steps[-1] == 12
 
 
+def test_four_devices_give_the_same_losses(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, __file__, str(tmp_path), "0"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    devices, losses = output.split()[-2:]
+    assert devices == "4"
+    np.testing.assert_allclose(np.frombuffer(bytes.fromhex(losses), np.float32), uninterrupted[0].losses, rtol=1e-5)
+
+
 class Echo(nnx.Module):
     """A "VLM" whose logits are a table, and a "dual encoder" whose embeddings are given."""
 
@@ -304,4 +313,4 @@ def test_a_batch_of_failed_clips_alone_teaches_nothing() -> None:
 
 if __name__ == "__main__":
     done, _ = run(Path(sys.argv[1]), source=Source(seconds=float(sys.argv[2])))
-    print("steps done", done.losses.tobytes().hex())
+    print("steps done", jax.device_count(), done.losses.tobytes().hex())
