@@ -1,12 +1,12 @@
 """Prepares answers for WUPS in the steps of NExT-OE: tokens, tags, lemmas, stems, stop list.
 
-The steps are NExT-OE's, the tagger is ours: prepared strings can differ from those that pywsd, which it used, would give.
+The steps are NExT-OE's, tokenizer and tagger are ours: prepared strings can differ from those of pywsd, which it used.
 """
 
-import importlib
 from functools import cache, lru_cache
 from typing import Any, Final
 
+from .ptb import ptb_tokenize
 from .tagging import tag_words
 from .wordnet import PartOfSpeech, wordnet
 
@@ -29,8 +29,7 @@ STOP_WORDS: Final = frozenset(_STOP_WORDS.split())
 @lru_cache(maxsize=65536)
 def prepare_answer(text: str) -> str:
     """Returns the words of an answer as WUPS compares them: lower-case lemmas without stop words, parted by spaces."""
-    words = [word.lower() for word in _nltk("nltk.tokenize.destructive").NLTKWordTokenizer().tokenize(text)]
-    lemmas = (_lemma(tagged.word, tagged.pos) for tagged in tag_words(words))
+    lemmas = (_lemma(tagged.word, tagged.pos) for tagged in tag_words(ptb_tokenize(text, punctuation=True)))
     return " ".join(lemma for lemma in lemmas if lemma not in STOP_WORDS)
 
 
@@ -48,13 +47,12 @@ def _lemma(word: str, pos: PartOfSpeech | None) -> str:
 
 @cache
 def _stemmer() -> Any:
-    return _nltk("nltk.stem.porter").PorterStemmer()
-
-
-def _nltk(module: str) -> Any:
+    """NLTK's Porter stemmer, imported at the first word that WordNet lacks: importing NLTK takes seconds."""
     try:
-        return importlib.import_module(module)
+        from nltk.stem.porter import PorterStemmer
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "preparing answers for WUPS needs NLTK (no NLTK data). Install it with: pip install 'nltk>=3.9'"
-        ) from error
+        message = (
+            "words that WordNet lacks are stemmed with NLTK (no NLTK data). Install it with: pip install 'nltk>=3.9'"
+        )
+        raise ImportError(message) from error
+    return PorterStemmer()

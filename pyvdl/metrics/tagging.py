@@ -42,8 +42,9 @@ _CLOSED: Final[dict[str, str]] = {
         "behind beside besides between among above below beneath near toward towards against during "
         "before after inside outside off up down out upon within past per via until till since amid "
         "amidst amongst atop as than like",
-        "conjunction": "and or but nor so yet if because while whereas although though when where whether how why &",
-        "adverb": "not never then here very too also just only again together away still now soon almost always "
+        "conjunction": "and or but nor so yet if because while whilst whereas although though when where whether how "
+        "why &",
+        "adverb": "not never then next here very too also just only again together away still now soon almost always "
         "often ever even quite rather yes",
     }.items()
     for word in words.split()
@@ -75,6 +76,7 @@ _BEFORE: Final[dict[str, tuple[float, float, float, float]]] = {
     "pronoun": (0.5, 4.0, 0.2, 1.0),
     "to": (0.7, 1.5, 1.0, 0.7),
 }
+_COMMON_NOUN: Final = 20  # occurrences in the tagged texts
 _EVEN: Final = (1.0, 1.0, 1.0, 1.0)
 
 
@@ -112,12 +114,12 @@ def _best_reading(word: str, before: str, after: str | None) -> tuple[PartOfSpee
         if pos not in readings:
             continue
         lemma, count = readings[pos]
-        scores[pos] = (count + 0.5) * follows[i] * leads[i] * _form_factor(word, lemma, pos, before)
+        scores[pos] = (count + 0.5) * follows[i] * leads[i] * _form_factor(word, lemma, count, pos, before)
     pos = max(scores, key=scores.__getitem__)
     return pos, readings[pos][0]
 
 
-def _form_factor(word: str, lemma: str, pos: PartOfSpeech, before: str) -> float:
+def _form_factor(word: str, lemma: str, count: int, pos: PartOfSpeech, before: str) -> float:
     """What the ending says beyond the lemma: participles where a plain verb could not stand, and the like."""
     participle = word.endswith(("ing", "ed", "en")) and word != lemma
     if pos == "v":
@@ -126,10 +128,10 @@ def _form_factor(word: str, lemma: str, pos: PartOfSpeech, before: str) -> float
         if participle:
             return {"be": 20.0, "determiner": 4.0, "n": 4.0}.get(before, 2.0)
         if word != lemma:  # walks, sat
-            return {"n": 3.0, "to": 0.1, "auxiliary": 0.2}.get(before, 1.0)
+            return {"n": 3.0, "v": 0.05, "to": 0.1, "auxiliary": 0.2}.get(before, 1.0)
         return 0.5 if before == "n" else 1.0
     if pos == "n" and word.endswith("ing") and word == lemma and before not in ("determiner", "possessive", "a"):
-        return 0.1  # watching, performing: WordNet lists the gerund as a noun
+        return 1.0 if count >= _COMMON_NOUN else 0.1  # building, morning; watching, which WordNet lists as a noun too
     return 1.0
 
 

@@ -64,7 +64,7 @@ class WordNet:
         return self._offsets[key]
 
     def lemmas(self, form: str, pos: PartOfSpeech) -> tuple[str, ...]:
-        """The lemmas that `form` may be inflected from, as WordNet's morphy finds them; itself first where it is one."""
+        """The lemmas that `form` may be inflected from, as WordNet's morphy finds them; itself first if it is one."""
         key = (pos, form)
         if key not in self._lemmas:
             self._lemmas[key] = tuple(self._morphy(form, pos))
@@ -87,7 +87,7 @@ class WordNet:
         return total
 
     def similarity(self, first: str, second: str) -> float:
-        """Wu-Palmer similarity of the first senses of two words: 1 for equal words, 0 where a sense or a path is missing.
+        """Wu-Palmer similarity of the first senses of two words: 1 for equal words, 0 without senses or a path.
 
         As NLTK's `synsets(first)[0].wup_similarity(synsets(second)[0])`, whose root and tie rules it follows.
         """

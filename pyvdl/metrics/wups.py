@@ -17,8 +17,8 @@ _FAMILIES: Final = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 @dataclass(frozen=True)
 class WupsScore:
-    """`score` is the mean of `per_item` float64[N]; papers print it x100. Where question types were given, `by_type` has
-    the means of NExT-OE's types (TP counted as TN, as there), `by_family` those of causal, temporal, descriptive."""
+    """`score` is the mean of `per_item` float64[N]; papers print it x100. Where question types were given, `by_type`
+    has the means of NExT-OE's types (TP counted as TN, as there), `by_family` those of the three families."""
 
     score: float
     per_item: np.ndarray
