@@ -27,16 +27,12 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
     `batch` is this process's share; every process holds an equal one.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    local_devices = len(mesh.local_devices)
-    result = {}
+    count = len(mesh.local_devices)
     for name, value in batch.items():
-        if len(value) % local_devices:
-            raise ValueError(
-                f"{name}: {len(value)} rows do not divide over the {local_devices} devices of this process"
-            )
-        result[name] = jax.make_array_from_process_local_data(sharding, value)
-    return result
+        if len(value) % count:
+            raise ValueError(f"{name}: {len(value)} rows do not divide over the {count} devices of this process")
+    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

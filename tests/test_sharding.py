@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pyvdl.sharding import DATA_AXIS, make_mesh, put_batch, replicate
 
@@ -16,7 +17,7 @@ def test_a_batch_becomes_global_arrays() -> None:
     video.flags.writeable = False  # as the loader gives it
     placed = put_batch({"video": video, "ok": np.ones(4, bool)}, mesh)
     np.testing.assert_array_equal(placed["video"], video)
-    assert placed["video"].sharding.spec == (DATA_AXIS,)
+    assert placed["video"].sharding == NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def test_replicas_do_not_share_memory_with_the_original() -> None:
@@ -27,7 +28,7 @@ def test_replicas_do_not_share_memory_with_the_original() -> None:
     assert float(original.sum()) == 4950.0
 
 
-def test_rows_must_divide_over_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_must_divide_over_the_devices() -> None:
     class TwoDevices:
         local_devices = (0, 1)
 
