@@ -128,4 +128,5 @@ def contrastive_loss(
         rows = jax.nn.logsumexp(masked, axis=1)
         columns = jax.nn.logsumexp(masked, axis=0)
         loss = jnp.mean((rows + columns) / 2 - jnp.diagonal(logits))
-    return jnp.where(jnp.isfinite(jnp.sum(video)) & jnp.isfinite(jnp.sum(text)), loss, jnp.nan)
+    checked = jnp.sum(_wide(video)) + jnp.sum(_wide(text)) + scale + bias
+    return jnp.where(jnp.isfinite(checked), loss, jnp.nan)

@@ -32,7 +32,7 @@ class Stack(nnx.Module):
         def create(rngs: nnx.Rngs) -> nnx.Module:
             return make(rngs)
 
-        self.blocks = create(rngs)
+        self.blocks: Any = create(rngs)
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Applies block after block: x = block(x, *args, **kwargs)."""
@@ -50,8 +50,8 @@ class Stack(nnx.Module):
             block_state, x = inputs
             return body(nnx.merge(graphdef, block_state), carry, *x), None
 
-        # Without remat the backward pass keeps matrix products and computes what lies between them (norms, GELU, softmax)
-        # again: writing that out for every layer costs more time than computing it, and most of the memory.
+        # Without remat the backward pass keeps matrix products and computes what lies between them (norms, GELU,
+        # softmax) again: writing that out for every layer costs more time than computing it, and most of the memory.
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if self.remat else policies.dots_saveable
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)

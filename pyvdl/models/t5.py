@@ -109,7 +109,7 @@ class Cache(NamedTuple):
     memory_keys: Array  # [layers, B, S, N, D]
     memory_values: Array  # [layers, B, S, N, D]
     memory_lengths: Array  # int32[B]
-    index: Array  # int32[], tokens decoded so far
+    position: Array  # int32[], tokens decoded so far
 
 
 class T5(nnx.Module):
@@ -171,9 +171,9 @@ class T5(nnx.Module):
     def decode_step(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """int32[B, n], one token of each sample -> float32 logits [B, n, V] of the next one, and the cache with it."""
         batch, samples = ids.shape
-        index, length = cache.index, cache.keys.shape[2]
-        bias = self.decoder_bias.row(index, length)
-        lengths = jnp.full((batch * samples,), index + 1)
+        position, length = cache.position, cache.keys.shape[2]
+        bias = self.decoder_bias.row(position, length)
+        lengths = jnp.full((batch * samples,), position + 1)
 
         def step(
             block: DecoderBlock,
@@ -185,8 +185,8 @@ class T5(nnx.Module):
             x, keys, values = carry  # x [B * n, 1, E]
             q, k, v = block.attention.project(x)
             # The caches are carried whole and written in place, one token of one layer at a time.
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, index, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, index, 0, 0))
+            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, position, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, position, 0, 0))
             mixed = attention(q, keys[layer], values[layer], kv_lengths=lengths, bias=bias, scale=1.0)
             x = x + block.attention.merge(mixed)
             # The samples of a clip are the queries of one attention over its memory.
@@ -201,7 +201,7 @@ class T5(nnx.Module):
             step, (x, cache.keys, cache.values), layers, cache.memory_keys, cache.memory_values
         )
         logits = self._logits(x.reshape(batch, samples, -1))
-        return logits, cache._replace(keys=keys, values=values, index=index + 1)
+        return logits, cache._replace(keys=keys, values=values, position=position + 1)
 
     def _logits(self, x: Array) -> Array:
         x = self.decoder_norm(x)
