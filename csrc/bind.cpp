@@ -8,6 +8,10 @@
 
 #include "clip_loader.h"
 
+extern "C" {
+#include <libavutil/ffversion.h>
+}
+
 namespace nb = nanobind;
 using namespace nb::literals;
 
@@ -195,6 +199,20 @@ NB_MODULE(_core, m) {
       const nb::object value = type(nb::none(), error.stage(), nb::str(error.what()));
       PyErr_SetObject(type.ptr(), value.ptr());
     }
+  });
+
+  // Of each library (version compiled against, version found at run time).
+  m.def("ffmpeg_versions", [] {
+    const auto text = [](unsigned v) {
+      return std::to_string(v >> 16) + "." + std::to_string((v >> 8) & 0xff) + "." + std::to_string(v & 0xff);
+    };
+    nb::dict d;
+    d["ffmpeg"] = nb::make_tuple(FFMPEG_VERSION, av_version_info());
+    d["libavformat"] = nb::make_tuple(text(LIBAVFORMAT_VERSION_INT), text(avformat_version()));
+    d["libavcodec"] = nb::make_tuple(text(LIBAVCODEC_VERSION_INT), text(avcodec_version()));
+    d["libavutil"] = nb::make_tuple(text(LIBAVUTIL_VERSION_INT), text(avutil_version()));
+    d["libswscale"] = nb::make_tuple(text(LIBSWSCALE_VERSION_INT), text(swscale_version()));
+    return d;
   });
 
   nb::class_<PySource>(m, "Source")

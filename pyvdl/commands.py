@@ -253,24 +253,23 @@ def _dual_encoder_scores(
     from pyvdl.evaluate import class_embeddings, embed_texts, embed_videos, evaluate_retrieval, evaluate_zero_shot
     from pyvdl.recipes import model_clip
 
+    captioned = np.array([bool(record.captions) for record in records])
+    labelled = np.array([record.label is not None for record in records])
+    if not (captioned | labelled).any():
+        raise ValueError(f"{arguments.data}: no record has captions (for retrieval) or a label (for zero-shot classes)")
     clip = _clip(arguments, model_clip(model.config))
-    texts = [record.captions[0] if record.captions else None for record in records]
-    labels = [record.label for record in records]
-    if None in texts and None in labels:
-        raise ValueError(
-            f"{arguments.data}: retrieval needs captions on every record, zero-shot a label on every record"
-        )
     videos = embed_videos(model, records, clip=clip, progress=report, **_loading(arguments))
     scores: Scores = []
-    if None not in texts:
-        found = evaluate_retrieval(videos, embed_texts(model, tokenizer, [text for text in texts if text is not None]))
+    if captioned.any():
+        texts = embed_texts(model, tokenizer, [record.captions[0] for record in records if record.captions])
+        found = evaluate_retrieval(videos[captioned], texts)
         for direction, title in (("t2v", "text to video"), ("v2t", "video to text")):
             for name, value in getattr(found, direction).items():
                 scores.append((f"{title} {name.replace('_', ' ')}", value, *found.intervals[direction][name]))
-    if None not in labels:
-        names = sorted({label for label in labels if label is not None})
-        classes = class_embeddings(model, tokenizer, names)
-        zero_shot = evaluate_zero_shot(videos, classes, [names.index(label) for label in labels if label is not None])
+    if labelled.any():
+        names = sorted({record.label for record in records if record.label is not None})
+        labels = [names.index(record.label) for record in records if record.label is not None]
+        zero_shot = evaluate_zero_shot(videos[labelled], class_embeddings(model, tokenizer, names), labels)
         scores += [
             (f"zero-shot top-{k}", getattr(zero_shot, f"top{k}"), *zero_shot.intervals[f"top{k}"]) for k in (1, 5)
         ]

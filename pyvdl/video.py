@@ -410,6 +410,11 @@ class ClipLoader(Iterator[ClipBatch]):
         self.close()
 
 
+def ffmpeg_versions() -> dict[str, tuple[str, str]]:
+    """Of FFmpeg and each of its libraries: (version compiled against, version found at run time)."""
+    return _core().ffmpeg_versions()
+
+
 def _close_loader(loader: Any, pending: deque[list[Any]]) -> None:
     loader.close()  # joins the threads: only then may the sources be freed
     pending.clear()
