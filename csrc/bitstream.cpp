@@ -8,6 +8,8 @@ namespace {
 
 using Bytes = std::span<const uint8_t>;
 
+constexpr size_t kMarkerBytes = 19;  // FFmpeg's own bound of a VOP that is not coded
+
 // Calls `visit(nal unit)` for each NAL unit; returns false where a length prefix runs over the packet's end.
 template <typename Visit>
 bool each_nal(Bytes packet, int prefix_bytes, Visit visit) {
@@ -115,6 +117,37 @@ PacketFacts inspect_vp9(Bytes packet) {
   return facts;
 }
 
+PacketFacts inspect_mpeg4(Bytes packet) {
+  PacketFacts facts;
+  facts.picture = false;
+  for (size_t i = 0; i + 5 <= packet.size(); ++i) {
+    if (packet[i] != 0 || packet[i + 1] != 0 || packet[i + 2] != 1 || packet[i + 3] != 0xB6) continue;
+    if (facts.picture) {
+      facts.packed = true;
+      break;
+    }
+    facts.picture = true;
+    facts.backward = packet[i + 4] >> 6 == 2;
+    i += 4;
+  }
+  facts.disposable = facts.backward;
+  facts.doubtful = packet.size() <= kMarkerBytes && !facts.backward;
+  return facts;
+}
+
+PacketFacts inspect_mpeg2(Bytes packet) {
+  PacketFacts facts;
+  facts.picture = false;
+  for (size_t i = 0; i + 6 <= packet.size(); ++i) {
+    if (packet[i] != 0 || packet[i + 1] != 0 || packet[i + 2] != 1 || packet[i + 3] != 0) continue;
+    facts.picture = true;
+    facts.backward = (packet[i + 5] >> 3 & 7) == 3;
+    break;
+  }
+  facts.disposable = facts.backward;
+  return facts;
+}
+
 }  // namespace
 
 PacketInspector::PacketInspector(AVCodecID codec, Bytes extradata) : codec_(codec) {
@@ -130,6 +163,11 @@ PacketFacts PacketInspector::inspect(Bytes packet) const {
       return inspect_h264(packet, prefix_bytes_);
     case AV_CODEC_ID_HEVC:
       return inspect_hevc(packet, prefix_bytes_);
+    case AV_CODEC_ID_MPEG4:
+      return inspect_mpeg4(packet);
+    case AV_CODEC_ID_MPEG1VIDEO:
+    case AV_CODEC_ID_MPEG2VIDEO:
+      return inspect_mpeg2(packet);
     case AV_CODEC_ID_VP8:
       return inspect_vp8(packet);
     case AV_CODEC_ID_VP9:

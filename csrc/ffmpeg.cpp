@@ -63,6 +63,8 @@ int check(int code, std::string_view stage, std::string_view what) {
   throw Error(std::string(stage), message);
 }
 
+bool has_log() { return !error_log.empty(); }
+
 std::string take_log() { return std::exchange(error_log, {}); }
 
 void IoCloser::operator()(AVIOContext* p) const {

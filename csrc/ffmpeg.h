@@ -42,6 +42,7 @@ int check(int code, std::string_view stage, std::string_view what);
 
 // What FFmpeg logged as an error on this thread since the last call; empties the record.
 std::string take_log();
+bool has_log();
 
 struct FormatCloser {
   void operator()(AVFormatContext* p) const { avformat_close_input(&p); }

@@ -1,7 +1,6 @@
 #include "packet_index.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace pyvdl {
 
@@ -12,6 +11,8 @@ PacketIndex::PacketIndex(std::vector<IndexEntry> packets, TimeBase time_base, in
   bool first_entry_seen = false;
   for (int64_t i = 0; i < num_packets(); ++i) {
     const IndexEntry& entry = packet(i);
+    packed_ |= entry.facts.packed;
+    doubtful_ |= entry.facts.doubtful;
     top_layer_ = std::max(top_layer_, entry.facts.temporal_layer);
     if (is_entry(i)) entries_.push_back(i), first_entry_seen = true;
     if (entry.position_bytes >= 0) positions_.emplace_back(entry.position_bytes, i);
@@ -19,7 +20,7 @@ PacketIndex::PacketIndex(std::vector<IndexEntry> packets, TimeBase time_base, in
     if (entry.pts == kNoTime) complete_ = false;
     presentation.push_back(i);
   }
-  if (!first_entry_seen) complete_ = false;
+  if (!first_entry_seen || doubtful_ || packed_) complete_ = false;
   std::sort(positions_.begin(), positions_.end());
   const auto repeated = std::adjacent_find(positions_.begin(), positions_.end(),
                                            [](const auto& a, const auto& b) { return a.first == b.first; });
@@ -35,11 +36,39 @@ PacketIndex::PacketIndex(std::vector<IndexEntry> packets, TimeBase time_base, in
   number_frames(presentation);
 }
 
-void PacketIndex::set_decoded_order(const std::vector<int64_t>& output) {
+void PacketIndex::set_order(const std::vector<int64_t>& output) {
   for (IndexEntry& entry : packets_) entry.facts.hidden = true;  // what did not come out is not shown
   for (const int64_t ordinal : output) packets_[static_cast<size_t>(ordinal)].facts.hidden = false;
   number_frames(output);
   complete_ = true;
+}
+
+std::optional<std::vector<int64_t>> PacketIndex::order_by_type() const {
+  if (packed_ || doubtful_) return std::nullopt;
+  std::vector<int64_t> output;
+  int64_t waiting = -1;
+  int references = 0;
+  for (int64_t i = 0; i < num_packets(); ++i) {
+    const PacketFacts& facts = packet(i).facts;
+    if (!facts.picture) continue;
+    if (facts.backward) {
+      if (references >= 2) output.push_back(i);  // without two references it cannot be decoded
+      continue;
+    }
+    if (waiting >= 0) output.push_back(waiting);
+    waiting = i;
+    ++references;
+  }
+  if (waiting >= 0) output.push_back(waiting);
+  return output;
+}
+
+std::vector<int64_t> PacketIndex::stored_order() const {
+  std::vector<int64_t> output;
+  for (int64_t i = 0; i < num_packets(); ++i) {
+    if (packet(i).facts.picture && !packet(i).facts.hidden) output.push_back(i);
+  }
+  return output;
 }
 
 void PacketIndex::number_frames(const std::vector<int64_t>& presentation) {
@@ -137,7 +166,7 @@ int64_t PacketIndex::entry_before(int64_t ordinal) const {
 bool PacketIndex::disposable(int64_t ordinal) const {
   // A HEVC picture that its own temporal layer does not refer to may still serve higher layers.
   const PacketFacts& facts = packet(ordinal).facts;
-  return facts.disposable && facts.temporal_layer == top_layer_;
+  return facts.disposable && !packed_ && facts.temporal_layer == top_layer_;
 }
 
 bool PacketIndex::spoils(int64_t ordinal, int64_t rank) const {
@@ -151,9 +180,14 @@ bool PacketIndex::spoils(int64_t ordinal, int64_t rank) const {
   return place < 0 || place >= order_[static_cast<size_t>(start)];
 }
 
-int64_t PacketIndex::locate(int64_t position_bytes) const {
+bool PacketIndex::shown_after(int64_t rank, int64_t ordinal) const {
+  return order_[static_cast<size_t>(this->ordinal(rank))] > order_[static_cast<size_t>(ordinal)];
+}
+
+int64_t PacketIndex::locate(int64_t position_bytes, int size_bytes) const {
   const auto at = std::lower_bound(positions_.begin(), positions_.end(), std::pair{position_bytes, int64_t{0}});
-  return at != positions_.end() && at->first == position_bytes ? at->second : -1;
+  if (at == positions_.end() || at->first != position_bytes) return -1;
+  return packet(at->second).size_bytes == size_bytes ? at->second : -1;
 }
 
 }  // namespace pyvdl

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "bitstream.h"
@@ -19,8 +21,9 @@ struct IndexEntry {
   int64_t dts = kNoTime;
   int64_t position_bytes = -1;  // in the file; -1: unknown
   int64_t duration = 0;         // 0: unknown
-  bool key = false;             // the container or parser calls it a key frame
-  bool discarded = false;       // decoded but cut from the presentation by an edit list
+  int size_bytes = 0;
+  bool key = false;        // the container or parser calls it a key frame
+  bool discarded = false;  // decoded but cut from the presentation by an edit list
   PacketFacts facts;
 };
 
@@ -38,8 +41,12 @@ class PacketIndex {
   PacketIndex() = default;
   // Orders frames by pts. `complete()` is false where pts are missing or repeated; then the order has to be decoded.
   PacketIndex(std::vector<IndexEntry> packets, TimeBase time_base, int64_t usual_duration);
-  // Orders frames as a decoder put them out; `output` holds the ordinals.
-  void set_decoded_order(const std::vector<int64_t>& output);
+  // Orders frames as a decoder puts them out; `output` holds the ordinals.
+  void set_order(const std::vector<int64_t>& output);
+  // The order in which an MPEG-4 decoder puts pictures out, told by their types alone: B pictures at once, each other
+  // one when the next such is read. Nothing where packets hold two pictures or none.
+  std::optional<std::vector<int64_t>> order_by_type() const;
+  std::vector<int64_t> stored_order() const;  // of all pictures
 
   bool complete() const { return complete_; }
   int64_t num_frames() const { return static_cast<int64_t>(shown_.size()); }
@@ -59,14 +66,19 @@ class PacketIndex {
   int64_t start_for(int64_t rank) const;
   // The entry packet before `ordinal`, 0 if there is none.
   int64_t entry_before(int64_t ordinal) const;
+  // Some packets hold two pictures. The second comes out in the name of the packet after, and so does what that holds:
+  // no packet can be left out.
+  bool packed() const { return packed_; }
   // No other picture needs this packet.
   bool disposable(int64_t ordinal) const;
   // An error in packet `ordinal` shows in frame `rank`, directly or through references.
   bool spoils(int64_t ordinal, int64_t rank) const;
+  // Frame `rank` is shown after the picture of packet `ordinal`.
+  bool shown_after(int64_t rank, int64_t ordinal) const;
   // How many frames a decoder must hold back to put them out in order.
   int reorder_depth() const { return reorder_depth_; }
-  // Ordinal of the packet that begins at this byte; -1 if unknown or not unique.
-  int64_t locate(int64_t position_bytes) const;
+  // Ordinal of the packet of this size that begins at this byte; -1 if there is none or places are not unique.
+  int64_t locate(int64_t position_bytes, int size_bytes) const;
 
  private:
   void number_frames(const std::vector<int64_t>& presentation);
@@ -86,6 +98,8 @@ class PacketIndex {
   int64_t usual_duration_ = 0;
   int reorder_depth_ = 0;
   uint8_t top_layer_ = 0;
+  bool packed_ = false;
+  bool doubtful_ = false;
   bool complete_ = false;
 };
 

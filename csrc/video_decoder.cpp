@@ -28,11 +28,17 @@ bool header_suffices(const AVFormatContext& format) {
   return format.nb_streams > 0;
 }
 
-// Containers whose packets do not each hold one whole shown picture with its time: the frames are counted by decoding.
-bool order_must_be_decoded(const AVFormatContext& format, const AVCodecParameters& parameters) {
+// Containers whose packets do not each hold one whole shown picture with its time.
+bool times_are_doubtful(const AVFormatContext& format, const AVCodecParameters& parameters) {
   const bool interlaced = parameters.field_order != AV_FIELD_UNKNOWN && parameters.field_order != AV_FIELD_PROGRESSIVE;
   if (interlaced && (parameters.codec_id == AV_CODEC_ID_H264 || parameters.codec_id == AV_CODEC_ID_HEVC)) return true;
   return !container_is(format, "mov") && !container_is(format, "matroska") && !container_is(format, "flv");
+}
+
+// Decoders that drop exactly the pictures nothing refers to when told to. HEVC's would drop pictures that higher
+// temporal layers need; PacketIndex::disposable knows the layers. The decoders of VP9 and AV1 drop nothing.
+bool skips_nonref_exactly(AVCodecID codec) {
+  return codec != AV_CODEC_ID_HEVC && codec != AV_CODEC_ID_VP9 && codec != AV_CODEC_ID_AV1;
 }
 
 std::string name_or_unknown(const char* name) { return name ? name : "unknown"; }
@@ -43,13 +49,9 @@ VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, 
     : source_(source), options_(options), deadline_(deadline) {
   open_input();
   scan_packets();
-  const bool by_decoding = !index_.complete() || order_must_be_decoded(*input_->format(), *stream_->codecpar);
-  open_codec(by_decoding ? 0 : index_.reorder_depth());
   state_.assign(static_cast<size_t>(index_.num_packets()), 0);
-  if (by_decoding) {
-    index_.set_decoded_order(decode_order());
-    open_codec(index_.reorder_depth());
-  }
+  if (!index_.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) index_.set_order(find_order());
+  open_codec(index_.reorder_depth());
   if (index_.num_frames() == 0) throw Error("decode", "no frame can be decoded");
   const double seconds = index_.timeline().end;
   if (seconds > options_.limits.max_seconds) {
@@ -130,6 +132,7 @@ void VideoDecoder::scan_packets() {
     entry.dts = packet_->dts;
     entry.position_bytes = packet_->pos;
     entry.duration = packet_->duration;
+    entry.size_bytes = packet_->size;
     entry.key = packet_->flags & AV_PKT_FLAG_KEY;
     entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
@@ -154,10 +157,20 @@ void VideoDecoder::scan_packets() {
   next_packet_ = -1;
 }
 
-// Decodes the whole stream to learn which packets become frames, and in which order.
+// Which packets become frames, and in which order, where presentation times do not tell.
+std::vector<int64_t> VideoDecoder::find_order() {
+  const AVCodecDescriptor* codec = avcodec_descriptor_get(stream_->codecpar->codec_id);
+  if (codec && (codec->props & AV_CODEC_PROP_INTRA_ONLY)) return index_.stored_order();
+  if (stream_->codecpar->codec_id == AV_CODEC_ID_MPEG4) {
+    if (std::optional<std::vector<int64_t>> output = index_.order_by_type()) return *std::move(output);
+  }
+  return decode_order();
+}
+
+// Learns it by decoding the whole stream.
 std::vector<int64_t> VideoDecoder::decode_order() {
+  open_codec(0);
   std::vector<int64_t> output;
-  const Sink none = [](int64_t, const AVFrame&) {};
   const auto collect = [&] {
     for (;;) {
       const int code = avcodec_receive_frame(codec_.get(), frame_.get());
@@ -198,7 +211,7 @@ int64_t VideoDecoder::read_packet() {
     if (packet_->stream_index != stream_->index) continue;
     ++stats_.packets_read;
     if (next_packet_ < 0) {
-      const int64_t found = index_.locate(packet_->pos);
+      const int64_t found = index_.locate(packet_->pos, packet_->size);
       if (found < 0) return -1;
       next_packet_ = found;
     }
@@ -209,7 +222,7 @@ int64_t VideoDecoder::read_packet() {
 
 bool VideoDecoder::seek_near(int64_t ordinal) {
   const IndexEntry& entry = index_.packet(ordinal);
-  if (index_.locate(entry.position_bytes) < 0) return false;
+  if (index_.locate(entry.position_bytes, entry.size_bytes) < 0) return false;
   ++stats_.seeks;
   held_ = false;
   AVFormatContext* format = input_->format();
@@ -303,8 +316,8 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
   if (start >= 0) start_run(start);
   for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] |= kWanted;
   if (start < 0) receive(sink);
-  bool ended = false;
-  while (outstanding_ > 0 && (run_next_ <= group.last || follow_)) {
+  bool ended = draining_;
+  while (!ended && outstanding_ > 0 && (run_next_ <= group.last || follow_)) {
     const int64_t ordinal = read_packet();
     if (ordinal < 0) {
       ended = true;
@@ -312,11 +325,14 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
     }
     run_next_ = ordinal + 1;
     feed(ordinal, sink);
+    // The flags of a damaged frame are seen only when it comes out, which may be after frames that refer to it.
+    if (follow_ && has_log()) follow_ = false;
   }
-  if (outstanding_ > 0 || !follow_ || ended) {
+  if (!draining_ && (outstanding_ > 0 || !follow_ || ended)) {
+    draining_ = true;
     send(nullptr, sink);
-    run_next_ = -1;
   }
+  if (draining_ && (outstanding_ > 0 || !follow_)) run_next_ = -1;  // nothing is left in the decoder
   for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] &= ~kWanted;
 }
 
@@ -329,16 +345,17 @@ void VideoDecoder::start_run(int64_t start) {
   position(start);
   run_start_ = start;
   run_next_ = start;
+  draining_ = false;
 }
 
 void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   uint8_t& state = state_[static_cast<size_t>(ordinal)];
+  const PacketFacts& facts = index_.packet(ordinal).facts;
+  if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
   const bool wanted = (state & kWanted) || (follow_ && index_.rank(ordinal) >= first_wanted_);
-  if (index_.packet(ordinal).facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
   if (!wanted && index_.disposable(ordinal)) return;
-  state |= kGiven;
-  // HEVC's own skipping would also drop pictures that higher temporal layers need; disposable() knows the layers.
-  const bool skips = !wanted && codec_->codec_id != AV_CODEC_ID_HEVC;
+  const bool skips = !wanted && skips_nonref_exactly(codec_->codec_id) && !index_.packed();
+  state |= kGiven | (skips ? 0 : kExpected);
   codec_->skip_frame = skips ? AVDISCARD_NONREF : AVDISCARD_DEFAULT;
   codec_->skip_loop_filter = options_.fast && !wanted ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
   packet_->pts = ordinal;  // comes back on the frame and names it
@@ -399,7 +416,16 @@ std::string VideoDecoder::fault_of(int64_t rank) const {
   for (const int64_t ordinal : errors_) {
     if (index_.spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
   }
-  if (!(state_[static_cast<size_t>(index_.ordinal(rank))] & kOut)) return name + " did not come out of the decoder";
+  const int64_t target = index_.ordinal(rank);
+  if (!(state_[static_cast<size_t>(target)] & kOut)) return name + " did not come out of the decoder";
+  const bool drained = run_next_ < 0;
+  for (int64_t ordinal = index_.start_for(rank); ordinal < target; ++ordinal) {
+    const uint8_t state = state_[static_cast<size_t>(ordinal)];
+    if (!(state & kExpected) || (state & kOut) || index_.rank(ordinal) < 0 || !index_.spoils(ordinal, rank)) continue;
+    if (drained || index_.shown_after(rank, ordinal)) {
+      return name + " was decoded without frame " + std::to_string(index_.rank(ordinal)) + ", which did not come out";
+    }
+  }
   return {};
 }
 

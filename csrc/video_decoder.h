@@ -89,6 +89,7 @@ class VideoDecoder {
   void open_input();
   void open_codec(int reorder_depth);
   void scan_packets();
+  std::vector<int64_t> find_order();
   std::vector<int64_t> decode_order();
 
   int64_t read_packet();           // into packet_; returns its ordinal, -1 at the end or when it cannot be told
@@ -126,12 +127,13 @@ class VideoDecoder {
   bool held_ = false;        // packet_ already is that packet
 
   // The run: what the decoder has been given since its last flush.
-  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4 };
+  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4, kExpected = 8 };
   std::vector<uint8_t> state_;   // by ordinal
   std::vector<int64_t> errors_;  // ordinals of packets and frames with errors
   std::string error_text_;       // of the first of them
   int64_t run_start_ = 0;
   int64_t run_next_ = -1;     // ordinal to give next; -1: no run
+  bool draining_ = false;     // the decoder was told that no packet follows
   int64_t outstanding_ = 0;   // wanted frames that did not come out yet
   int64_t first_wanted_ = 0;  // rank
   bool follow_ = false;       // frames after the wanted ones will be asked for next
