@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from flax import nnx
 
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
@@ -76,7 +77,7 @@ def clip_batches(
     records: Sequence[Record], *, clip: ClipConfig, batch_size: int, num_threads: int, prefetch: int
 ) -> Generator[ClipRows]:
     """Decodes the clips of `records` in order, always `batch_size` rows at a time so that one shape is compiled."""
-    requests = [ClipRequest(r.video, r.start_seconds, r.end_seconds, clip_seed(r, 0)) for r in records]
+    requests = (ClipRequest(r.video, r.start_seconds, r.end_seconds, clip_seed(r, 0)) for r in records)
     loader = ClipLoader(
         requests, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, **dataclasses.asdict(clip)
     )
@@ -132,7 +133,6 @@ def caption_records(
     _check_shape(model, clip)
     prompt_ids = encode_prompts(tokenizer, [prompt])
     batch_size = min(batch_size, len(records))
-    seeds = np.array([clip_seed(record, seed) for record in records], np.uint32)
 
     def rows(batch: ClipRows, samples: Samples | None) -> Iterator[CaptionRow]:
         for i in np.flatnonzero(batch.index >= 0):
@@ -154,7 +154,7 @@ def caption_records(
                 prompt=prompt,
                 status="ok" if error is None else "failed",
                 error=error,
-                seed=int(seeds[batch.index[i]]),
+                seed=clip_seed(record, seed),
             )
 
     done = 0
@@ -172,7 +172,7 @@ def caption_records(
                     max_length=max_length,
                     temperature=temperature,
                     top_p=top_p,
-                    seeds=seeds[np.maximum(batch.index, 0)],
+                    seeds=np.array([clip_seed(records[max(0, i)], seed) for i in batch.index], np.uint32),
                 )
             if previous is not None:  # dispatch is asynchronous: this text is made while the device works
                 yield from rows(*previous)
@@ -205,7 +205,6 @@ def caption_job(
     records: Sequence[Record],
     out: str | os.PathLike[str],
     *,
-    model_id: str,
     shard_size: int = 1000,
     progress: ProgressCallback | None = None,
     clip: ClipConfig,
@@ -214,8 +213,8 @@ def caption_job(
     """Captions `records` into `out/captions-00000-of-00004.jsonl` and so on; the same call again resumes.
 
     A shard appears whole or not at all, a finished one is not touched again. `out/job.json` holds what was asked for:
-    a call with other settings, another model (`model_id` names it) or other records is refused with the difference.
-    `options` are those of `caption_records`.
+    a call with other settings, another model or other records is refused with the difference. `options` are those of
+    `caption_records`.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected at least 1")
@@ -223,7 +222,8 @@ def caption_job(
     folder.mkdir(parents=True, exist_ok=True)
     counts = range(0, len(records), shard_size)
     paths = [folder / f"captions-{i:05d}-of-{len(counts):05d}.jsonl" for i in range(len(counts))]
-    recipe = {"model": model_id, "records": len(records), "records_sha256": _digest(records), "shard_size": shard_size}
+    recipe: dict[str, Any] = {"model_sha256": model_digest(model, tokenizer), "shard_size": shard_size}
+    recipe |= {"records": len(records), "records_sha256": _digest(records)}
     scheduling = {"batch_size", "num_threads", "prefetch"}  # how the work runs, not what comes out
     recipe |= {"clip": dataclasses.asdict(clip)} | {k: v for k, v in options.items() if k not in scheduling}
     claim(folder / JOB_FILE, recipe)
@@ -239,6 +239,16 @@ def caption_job(
             write_whole(paths[i], (next(rows).to_json() + "\n" for _ in range(size)))
     failed = sum(row.status == "failed" for path in paths for row in _read_shard(path))
     return JobSummary(rows=len(records), failed=failed, shards=len(paths), shards_skipped=len(paths) - len(todo))
+
+
+def model_digest(model: nnx.Module, tokenizer: WordTokenizer) -> str:
+    """Names a model by its weights and words, wherever it was loaded from."""
+    digest = hashlib.sha256(json.dumps(tokenizer.words).encode())
+    for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        array = np.asarray(value[...])
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _digest(records: Iterable[Record]) -> str:

@@ -91,10 +91,13 @@ def instruct(arguments: argparse.Namespace) -> int:
     from pyvdl import instruct as templates
     from pyvdl.data import read_manifest, write_manifest
 
-    records = [record for record in read_manifest(arguments.data) if record.narrative]
-    if not records:
+    asked = [
+        dataclasses.replace(record, questions=tuple(templates.generate(record.narrative)))
+        for record in read_manifest(arguments.data)
+        if record.narrative
+    ]
+    if not asked:
         raise ValueError(f"{arguments.data}: no record has a narrative")
-    asked = [dataclasses.replace(r, questions=tuple(templates.generate(r.narrative))) for r in records]
     write_manifest(arguments.out, asked)
     families = Counter(question.family for record in asked for question in record.questions)
     counts = ", ".join(f"{count} {family}" for family, count in sorted(families.items()))
@@ -163,10 +166,8 @@ def caption(arguments: argparse.Namespace) -> int:
         options["prompt"] = arguments.prompt
     if arguments.out is not None:
         with _progress("caption") as report:
-            done = caption_job(
-                model, tokenizer, records, arguments.out, model_id=str(arguments.model.resolve()),
-                shard_size=arguments.shard_size, progress=report, **options,
-            )  # fmt: skip
+            size = arguments.shard_size
+            done = caption_job(model, tokenizer, records, arguments.out, shard_size=size, progress=report, **options)
         print(
             f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
             f"{done.shards_skipped} of them from an earlier run"

@@ -21,7 +21,7 @@ from pyvdl import config as settings
 from pyvdl.caption import claim
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
-from pyvdl.data import Batches, Record
+from pyvdl.data import Batches, Encode, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
@@ -29,7 +29,6 @@ from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordToken
 from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
 
 Stage = Literal["visual", "language"]
-Encode = Callable[[Record, np.random.Generator], dict[str, np.ndarray]]
 PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "paper": settings.paper}
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
@@ -63,12 +62,19 @@ def instructions(tokenizer: WordTokenizer, *, prompt_length: int, target_length:
     return encode
 
 
-def one_text(tokenizer: WordTokenizer, *, length: int) -> Encode:
-    """The dual encoder's data: one caption of the clip drawn at random."""
+def one_text(tokenizer: WordTokenizer, records: Sequence[Record], *, length: int) -> Encode:
+    """The dual encoder's data: one caption of the clip drawn at random, and the number of its group."""
+    numbers: dict[tuple[str, str], int] = {}
+
+    def name(record: Record) -> tuple[str, str]:
+        return ("key", record.key) if record.group is None else ("group", record.group)
+
+    for record in records:
+        numbers.setdefault(name(record), len(numbers))
 
     def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         text = record.captions[rng.integers(len(record.captions))]
-        return {"text": tokenizer.encode(text, length, bos=True)}
+        return {"text": tokenizer.encode(text, length, bos=True), "group": np.array(numbers[name(record)], np.int32)}
 
     return encode
 
@@ -124,7 +130,7 @@ def train(
     records = [record for record in records if record.captions]
     texts = [text for record in records for text in record.captions]
     model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
-    encode = one_text(tokenizer, length=model.config.text.context_length)
+    encode = one_text(tokenizer, records, length=model.config.text.context_length)
     asked = {"job": "train", "preset": preset, "start": None if start is None else os.fspath(start)}
     return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,30 @@ TINY_DUAL = [
     "--set=model.vision.depth=1",
     "--set=model.text.depth=1",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same programs are compiled again and again here, in this process and in others: keep them on disk."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -285,44 +309,46 @@ def losses(out: Path) -> list[float]:
 
 def long_training(corpus: Path, out: Path) -> list[str]:
     """Enough steps that a kill after the first checkpoint falls among them."""
-    sizes = [*TINY_DUAL, "--set=steps=60", "--set=checkpoint_every=5", "--set=log_every=5"]
+    sizes = [*TINY_DUAL, "--set=steps=60", "--set=checkpoint_every=5"]
     data = ["--data", str(corpus / "unlabelled.jsonl"), "--captions", "human"]
     return [sys.executable, "-m", "pyvdl", "train", *data, "--out", str(out), *sizes]
 
 
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+def killed(command: list[str], checkpoints: Path, how: signal.Signals) -> int:
+    """Runs a training in a process of its own, kills it after its first new checkpoint and returns its exit code."""
 
+    def seen() -> set[str]:
+        return {path.name for path in checkpoints.glob("*") if path.name.isdigit()}
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path) -> list[float]:
-    """Losses of the long training when nobody kills it."""
-    out = corpus.parent / "undisturbed"
-    assert main(long_training(corpus, out)[3:]) == 0
-    return losses(out)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_training_goes_on_to_the_same_losses(
-    corpus: Path, undisturbed: list[float], tmp_path: Path, how: signal.Signals
-) -> None:
-    command = long_training(corpus, tmp_path)
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = seen()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 200
-        while not any(p.name.isdigit() for p in (tmp_path / "checkpoints").glob("*")):
-            assert process.poll() is None, "the run ended before its first checkpoint was seen"
+        while seen() <= before:
+            assert process.poll() is None, "the run ended before a checkpoint of it was seen"
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(how)
-        assert process.wait(timeout=60) == (0 if how == signal.SIGTERM else -how)
+        return process.wait(timeout=60)
     finally:
         process.kill()
-        process.communicate()
-    assert not (tmp_path / "model").exists(), "the kill came too late to show anything"
+        process.wait()
+
+
+def test_killed_training_goes_on_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(long_training(corpus, whole)[3:]) == 0
+    command = long_training(corpus, cut)
+    assert killed(command, cut / "checkpoints", signal.SIGKILL) == -signal.SIGKILL
+    assert killed(command, cut / "checkpoints", signal.SIGTERM) == 0
+    done = len(losses(cut))
+    assert not (cut / "model").exists(), "the kills came too late to show anything"
+    assert 0 < done < 60
     assert main(command[3:]) == 0
-    assert losses(tmp_path) == undisturbed
-    assert len(undisturbed) == 60
-    assert (tmp_path / "model" / "config.json").exists()
+    assert losses(cut) == losses(whole)
+    assert len(losses(cut)) == 60
+    assert (cut / "model" / "config.json").exists()
 
 
 @pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason="the test videos are not at ../shared/videos")

@@ -1,0 +1,157 @@
+"""What the trainings feed their models, which parts they move, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from pyvdl import recipes
+from pyvdl.checkpoint import load_model, save_model
+from pyvdl.config import ClipConfig, override, toy
+from pyvdl.data import Question, Record
+from pyvdl.models.vlm import VLM
+from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, WordTokenizer
+from tests.clips import write_clip
+
+QUESTION = Question("what spins?", "ball", "short")
+RECORD = Record(
+    key="a",
+    video="a.mp4",
+    captions=("a ball", "the ball spins"),
+    narrative="<ball> first it spins.",
+    questions=(QUESTION,),
+)
+WORDS = WordTokenizer.from_texts([CAPTION_PROMPT, DETAIL_PROMPT, "answer in en : what spins ? a the ball first it ."])
+SMALL = ["steps=3", "batch_size=2", "optim.warmup_steps=1", "log_every=1", "checkpoint_every=3"]
+SMALL_VLM = [
+    "num_frames=2",
+    "vision.image_size=32",
+    "vision.depth=1",
+    "language.encoder_layers=1",
+    "language.decoder_layers=1",
+]
+
+
+def drawn(encode: recipes.Encode, record: Record, *names: str) -> set[tuple[str, ...]]:
+    """What `encode` makes of a record over many draws, as text."""
+    made = (encode(record, np.random.default_rng(seed)) for seed in range(60))
+    return {tuple(WORDS.decode(arrays[name]) for name in names) for arrays in made}
+
+
+def test_the_visual_stage_sees_the_task_prompt_and_any_caption() -> None:
+    encode = recipes.short_captions(WORDS, prompt_length=8, target_length=6)
+    prompt = CAPTION_PROMPT.lower()
+    assert drawn(encode, RECORD, "prompt", "target") == {(prompt, "a ball"), (prompt, "the ball spins")}
+    arrays = encode(RECORD, np.random.default_rng(0))
+    assert arrays["prompt"].shape == (8,)
+    assert arrays["target"].shape == (6,)
+
+
+def test_the_language_stage_sees_questions_captions_and_the_description() -> None:
+    encode = recipes.instructions(WORDS, prompt_length=10, target_length=8)
+    assert drawn(encode, RECORD, "prompt", "target") == {
+        ("answer in en: what spins?", "ball"),
+        (CAPTION_PROMPT.lower(), "a ball"),
+        (CAPTION_PROMPT.lower(), "the ball spins"),
+        (DETAIL_PROMPT.lower(), "first it spins."),
+    }
+
+
+def test_the_dual_encoder_sees_one_caption_and_the_group() -> None:
+    records = [
+        RECORD,
+        Record(key="b", video="v.mp4", captions=("ball",), group="v"),
+        Record(key="c", video="v.mp4", captions=("ball",), group="v"),
+        Record(key="v", video="w.mp4", captions=("ball",)),  # its key is another's group: no matter
+    ]
+    encode = recipes.one_text(WORDS, records, length=6)
+    assert drawn(encode, RECORD, "text") == {("a ball",), ("the ball spins",)}
+    assert encode(RECORD, np.random.default_rng(0))["text"][0] == 3  # beginning of text
+    groups = [int(encode(record, np.random.default_rng(0))["group"]) for record in records]
+    assert groups == [0, 1, 1, 2]
+
+
+def test_clips_are_cut_to_the_model() -> None:
+    config = toy(8)
+    clip = recipes.model_clip(config.vlm)
+    assert (clip.num_frames, clip.size, clip.short_side, clip.fps) == (4, 64, 73, 2.0)
+    clip = recipes.model_clip(config.dual_encoder, ClipConfig(num_frames=9, size=100, short_side=100, fps=5.0))
+    assert (clip.num_frames, clip.size, clip.short_side, clip.fps) == (4, 64, 64, 5.0)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    folder = tmp_path_factory.mktemp("clips")
+    found = []
+    for i, text in enumerate(("a ball", "the ball spins", "it spins")):
+        write_clip(folder / f"{i}.mp4", seed=i)
+        found.append(Record(key=str(i), video=str(folder / f"{i}.mp4"), captions=(text,), questions=(QUESTION,)))
+    return found
+
+
+def parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The parameters of a saved model by the part of the model they belong to."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in nnx.to_flat_state(nnx.state(load_model(path)[0], nnx.Param)):
+        found.setdefault(str(name[0]), {})[str(name)] = np.asarray(value[...])
+    return found
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    assert first.keys() == second.keys()
+    return all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -> None:
+    config = override(toy(WORDS.vocab_size).vlm, SMALL_VLM)
+    save_model(tmp_path / "start", VLM(config, rngs=nnx.Rngs(0)), config, WORDS)
+    start = parts(tmp_path / "start")
+
+    history = recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=SMALL)
+    assert history.steps.tolist() == [1, 2, 3]
+    seen = parts(tmp_path / "visual" / "model")
+    assert not same(start["vision"], seen["vision"])
+    assert not same(start["projection"], seen["projection"])
+    assert same(start["language"], seen["language"])
+    assert load_model(tmp_path / "visual" / "model")[1].words == WORDS.words
+
+    recipes.adapt("language", records, tmp_path / "language", start=tmp_path / "visual" / "model", assignments=SMALL)
+    heard = parts(tmp_path / "language" / "model")
+    assert same(seen["vision"], heard["vision"])
+    assert same(seen["projection"], heard["projection"])
+    assert not same(seen["language"], heard["language"])
+
+    with pytest.raises(ValueError, match=r"another job.*train was"):
+        recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=[*SMALL, "seed=1"])
+    asked = json.loads((tmp_path / "visual" / "run.json").read_text())
+    assert asked["job"] == "adapt visual"
+    assert asked["train"]["steps"] == 3
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no record of the manifest has the texts"):
+        recipes.train([Record(key="a", video="a.mp4")], tmp_path)
+    with pytest.raises(ValueError, match="preset 'huge': expected one of toy, paper"):
+        recipes.train([RECORD], tmp_path, preset="huge")
+    config = toy(WORDS.vocab_size)
+    small = override(config.vlm, SMALL_VLM)
+    save_model(tmp_path / "vlm", VLM(small, rngs=nnx.Rngs(0)), small, WORDS)
+    with pytest.raises(ValueError, match="holds a VLM, not a DualEncoder"):
+        recipes.train([RECORD], tmp_path, start=tmp_path / "vlm")
+    with pytest.raises(ValueError, match=r"model\.num_frames=2: the shape of a saved model"):
+        recipes.adapt("visual", [RECORD], tmp_path, start=tmp_path / "vlm", assignments=["model.num_frames=2"])
+
+
+def test_the_paper_preset_has_the_papers_figures() -> None:
+    paper = recipes.PRESETS["paper"](32128)
+    vision, language = paper.vlm.vision, paper.vlm.language
+    assert (vision.width, vision.depth, vision.num_patches) == (1664, 48, 256)
+    assert (language.width, language.encoder_layers) == (2048, 24)
+    assert (paper.visual.steps, paper.visual.batch_size) == (40_000, 64)
+    assert (paper.language.steps, paper.language.batch_size) == (10_000, 256)
+    assert paper.contrastive.clip.scale_jitter == (0.9, 1.33)
+    assert paper.dual_encoder.vision.num_frames * paper.dual_encoder.vision.num_patches + 1 == 1025
