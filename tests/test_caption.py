@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
-from tests.clips import write_clip
 
 from pyvdl import caption
 from pyvdl.caption import (
@@ -28,6 +27,7 @@ from pyvdl.config import ClipConfig, toy
 from pyvdl.data import Record
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
+from tests.clips import write_clip
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 NUM_CLIPS = 5
@@ -154,7 +154,9 @@ def test_prompts_are_as_long_as_the_longest(tokenizer: WordTokenizer) -> None:
 
 
 def job(model: VLM, tokenizer: WordTokenizer, records: list[Record], out: Path, **changes: Any) -> caption.JobSummary:
-    options = dict(shard_size=2, clip=CLIP, num_samples=2, max_length=6, temperature=1.0, seed=3, batch_size=2)
+    options: dict[str, Any] = dict(
+        shard_size=2, clip=CLIP, num_samples=2, max_length=6, temperature=1.0, seed=3, batch_size=2
+    )
     return caption_job(model, tokenizer, records, out, **(options | changes))
 
 

@@ -104,6 +104,7 @@ def test_kernels_import_jax_only() -> None:
         "math",
         "__future__",
         "json",
+        "operator",
         "os",
         "pathlib",
         "enum",
