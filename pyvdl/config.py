@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import types
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -66,7 +68,7 @@ class T5Config:
 
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig:
-    """The paper's video-language model: each frame through the tower, tokens concatenated, projected, read by the LM."""
+    """The paper's video-language model: frames through the tower one by one, their tokens projected, read by the LM."""
 
     vision: ViTConfig = field(default_factory=ViTConfig)
     language: T5Config = field(default_factory=T5Config)
@@ -146,8 +148,8 @@ class TrainConfig:
 def override[T](config: T, assignments: Iterable[str]) -> T:
     """Returns `config` with `path.to.field=value` assignments applied.
 
-    Values are read as Python literals and fall back to plain strings. Raises ValueError naming the unknown field and the
-    fields there are, or the value and the type wanted.
+    Values are read as Python literals and fall back to plain strings. Raises ValueError naming the unknown field and
+    the fields there are, or the value and the type wanted.
     """
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
@@ -172,11 +174,27 @@ def _set(config: Any, path: list[str], text: str, full: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if current is not None and value is not None and type(value) is not type(current):
-        raise ValueError(f"{full} must be {type(current).__name__}, not {text!r}")
-    return dataclasses.replace(config, **{path[0]: value})
+    hint = typing.get_type_hints(type(config))[path[0]]
+    if not _fits(value, hint):
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise ValueError(f"{full} must be {wanted}, not {text!r}")
+    return dataclasses.replace(config, **{path[0]: float(value) if hint is float else value})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type; a whole number fits where a float is wanted."""
+    arguments = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return value in arguments
+        case types.UnionType:
+            return any(_fits(value, argument) for argument in arguments)
+        case origin if origin is tuple:
+            kinds = arguments[:1] * len(value) if arguments[1:] == (...,) and isinstance(value, tuple) else arguments
+            return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 @dataclass(frozen=True, kw_only=True)

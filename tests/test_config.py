@@ -1,0 +1,70 @@
+"""Overrides of settings, and presets that belong together."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvdl.config import Preset, TrainConfig, ViTConfig, override, paper, toy
+
+
+def test_overrides_reach_nested_fields_and_leave_the_rest() -> None:
+    before = TrainConfig()
+    after = override(
+        before,
+        [
+            "steps=7",
+            "optim.peak_learning_rate=1",
+            "optim.name=sgd",
+            "optim.clip_norm=None",
+            "clip.scale_jitter=(0.9, 1.33)",
+            "trainable=('vision', 'projection')",
+        ],
+    )
+    assert (after.steps, after.optim.name, after.optim.clip_norm) == (7, "sgd", None)
+    assert after.optim.peak_learning_rate == 1.0
+    assert isinstance(after.optim.peak_learning_rate, float)
+    assert after.clip.scale_jitter == (0.9, 1.33)
+    assert after.trainable == ("vision", "projection")
+    assert after.batch_size == before.batch_size
+    assert before == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("steps", "has no '='"),
+        ("stepz=3", "unknown setting 'stepz': TrainConfig has .*steps"),
+        ("optim.rate=3", "unknown setting 'optim.rate': OptimConfig has"),
+        ("steps.of=3", "has no fields of its own"),
+        ("optim=adamw", "is a group of settings"),
+        ("steps=many", "steps must be int, not 'many'"),
+        ("steps=2.5", "steps must be int, not '2.5'"),
+        ("steps=True", "steps must be int, not 'True'"),
+        ("steps=None", "steps must be int, not 'None'"),
+        ("optim.peak_learning_rate=fast", "must be float, not 'fast'"),
+        ("optim.name=adam", r"must be Literal\['adafactor', 'adamw', 'sgd'\], not 'adam'"),
+        ("clip.scale_jitter=(1,)", "must be tuple.*not"),
+        ("clip.scale_jitter=2", "must be tuple.*not"),
+        ("trainable=vision", "must be tuple"),
+    ],
+)
+def test_a_wrong_override_names_what_is_wanted(assignment: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        override(TrainConfig(), [assignment])
+
+
+def test_an_override_cannot_make_an_impossible_model() -> None:
+    with pytest.raises(ValueError, match="image_size 100 is not a multiple of patch_size 14"):
+        override(ViTConfig(), ["image_size=100"])
+
+
+@pytest.mark.parametrize("preset", [toy(50), paper(50)], ids=["toy", "paper"])
+def test_the_parts_of_a_preset_fit_together(preset: Preset) -> None:
+    assert preset.vlm.language.vocab_size == preset.dual_encoder.text.vocab_size == 50
+    for run in (preset.visual, preset.language):
+        assert (run.clip.num_frames, run.clip.size) == (preset.vlm.num_frames, preset.vlm.vision.image_size)
+    vision, clip = preset.dual_encoder.vision, preset.contrastive.clip
+    assert (clip.num_frames, clip.size) == (vision.num_frames, vision.image_size)
+    assert preset.visual.trainable == ("vision", "projection")
+    assert preset.language.trainable == ("language",)
+    assert preset.contrastive.optim.warmup_steps < preset.contrastive.steps
