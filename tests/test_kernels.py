@@ -81,13 +81,15 @@ def test_space_time_gradients(mode: str, class_tokens: int) -> None:
         )
         return jnp.sum(out * weight)
 
-    wanted = jax.grad(lambda *x: loss("reference", *x), argnums=(0, 1, 2))(q, k, v)
-    got = jax.grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2))(q, k, v)
+    wanted = jax.jit(jax.grad(lambda *x: loss("reference", *x), argnums=(0, 1, 2)))(q, k, v)
+    got = jax.jit(jax.grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(got, wanted):
         np.testing.assert_allclose(a, b, atol=2e-6)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)]
-        jax.test_util.check_grads(lambda *x: loss("xla", *x), wide, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+        jax.test_util.check_grads(
+            jax.jit(lambda *x: loss("xla", *x)), wide, order=1, modes=["rev"], atol=1e-6, rtol=1e-6
+        )
 
 
 def test_the_class_token_carries_news_between_frames_in_two_layers_only() -> None:
@@ -243,7 +245,7 @@ def test_attention_gradients(case: str, kv_heads: int) -> None:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
             return jnp.sum(weight * attention(q, k, v, **{**made, "bias": bias}))
 
-        jax.test_util.check_grads(loss, inputs, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+        jax.test_util.check_grads(jax.jit(loss), inputs, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 def test_decode_steps_equal_one_causal_pass() -> None:
@@ -334,7 +336,7 @@ def test_contrastive_loss_and_gradients(
         def loss(*inputs: jax.Array) -> jax.Array:
             return 3.0 * contrastive_loss(*inputs, kind=kind, groups=groups)
 
-        jax.test_util.check_grads(loss, inputs, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+        jax.test_util.check_grads(jax.jit(loss), inputs, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
