@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
@@ -77,7 +76,6 @@ def space_time_attention(
     _check_float(q=q, k=k, v=v)
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    frames = operator.index(frames)
     patches = q.shape[1] - class_tokens
     if frames < 1 or patches < frames or patches % frames:
         raise ValueError(

@@ -50,10 +50,10 @@ class Stack(nnx.Module):
             block_state, x = inputs
             return body(nnx.merge(graphdef, block_state), carry, *x), None
 
-        # Without remat the backward pass keeps matrix products and computes what lies between them (norms, GELU,
-        # softmax) again: writing that out for every layer costs more time than computing it, and most of the memory.
+        # Without remat the backward pass keeps products with weights and computes the rest (norms, GELU, attention)
+        # again: that costs no more time than writing it out for every layer, and memory grows with S, not with S * S.
         policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if self.remat else policies.dots_saveable
+        policy = policies.nothing_saveable if self.remat else policies.dots_with_no_batch_dims_saveable
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, carry, (state, xs))[0]
 
