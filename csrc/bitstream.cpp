@@ -157,6 +157,18 @@ PacketInspector::PacketInspector(AVCodecID codec, Bytes extradata) : codec_(code
   }
 }
 
+std::vector<uint8_t> PacketInspector::encoder_notes(Bytes packet) const {
+  std::vector<uint8_t> notes;
+  if (codec_ != AV_CODEC_ID_H264) return notes;
+  each_nal(packet, prefix_bytes_, [&](Bytes nal) {
+    if (nal.size() < 2 || (nal[0] & 31) != 6 || nal[1] != 5) return;  // SEI, user data
+    if (prefix_bytes_ == 0) notes.insert(notes.end(), {0, 0, 1});
+    for (int i = prefix_bytes_ - 1; i >= 0; --i) notes.push_back(static_cast<uint8_t>(nal.size() >> (8 * i)));
+    notes.insert(notes.end(), nal.begin(), nal.end());
+  });
+  return notes;
+}
+
 PacketFacts PacketInspector::inspect(Bytes packet) const {
   switch (codec_) {
     case AV_CODEC_ID_H264:

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 extern "C" {
 #include <libavcodec/codec_id.h>
@@ -35,6 +36,9 @@ class PacketInspector {
   // `extradata` tells whether H.264 and HEVC come with length prefixes (mp4, mkv) or start codes (ts).
   PacketInspector(AVCodecID codec, std::span<const uint8_t> extradata);
   PacketFacts inspect(std::span<const uint8_t> packet) const;
+  // H.264 only: the units in which the encoder names itself. They come with the first packet, and the decoder follows
+  // them to undo the known faults of that encoder (x264 in 4:4:4), so decoding that starts elsewhere needs them too.
+  std::vector<uint8_t> encoder_notes(std::span<const uint8_t> packet) const;
 
  private:
   AVCodecID codec_;

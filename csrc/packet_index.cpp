@@ -151,9 +151,7 @@ int64_t PacketIndex::start_for(int64_t rank) const {
   const int64_t target = ordinal(rank);
   auto at = std::upper_bound(entries_.begin(), entries_.end(), target);
   while (at != entries_.begin()) {
-    const int64_t candidate = *--at;
-    const size_t i = static_cast<size_t>(candidate);
-    if (packets_[i].facts.entry == Entry::clean || order_[i] <= order_[static_cast<size_t>(target)]) return candidate;
+    if (exact_from(*--at, target)) return *at;
   }
   return 0;
 }
@@ -178,6 +176,12 @@ bool PacketIndex::spoils(int64_t ordinal, int64_t rank) const {
   // Pictures shown before an open entry that follow it in the file serve nothing shown after it.
   const int64_t place = order_[static_cast<size_t>(ordinal)];
   return place < 0 || place >= order_[static_cast<size_t>(start)];
+}
+
+bool PacketIndex::exact_from(int64_t start, int64_t ordinal) const {
+  if (!is_entry(start) || ordinal < start) return false;
+  return packet(start).facts.entry == Entry::clean ||
+         order_[static_cast<size_t>(start)] <= order_[static_cast<size_t>(ordinal)];
 }
 
 bool PacketIndex::shown_after(int64_t rank, int64_t ordinal) const {

@@ -73,6 +73,8 @@ class PacketIndex {
   bool disposable(int64_t ordinal) const;
   // An error in packet `ordinal` shows in frame `rank`, directly or through references.
   bool spoils(int64_t ordinal, int64_t rank) const;
+  // Decoding that starts at packet `start` gives the picture of packet `ordinal` exactly.
+  bool exact_from(int64_t start, int64_t ordinal) const;
   // Frame `rank` is shown after the picture of packet `ordinal`.
   bool shown_after(int64_t rank, int64_t ordinal) const;
   // How many frames a decoder must hold back to put them out in order.

@@ -35,12 +35,6 @@ bool times_are_doubtful(const AVFormatContext& format, const AVCodecParameters& 
   return !container_is(format, "mov") && !container_is(format, "matroska") && !container_is(format, "flv");
 }
 
-// Decoders that drop exactly the pictures nothing refers to when told to. HEVC's would drop pictures that higher
-// temporal layers need; PacketIndex::disposable knows the layers. The decoders of VP9 and AV1 drop nothing.
-bool skips_nonref_exactly(AVCodecID codec) {
-  return codec != AV_CODEC_ID_HEVC && codec != AV_CODEC_ID_VP9 && codec != AV_CODEC_ID_AV1;
-}
-
 std::string name_or_unknown(const char* name) { return name ? name : "unknown"; }
 
 }  // namespace
@@ -51,7 +45,7 @@ VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, 
   scan_packets();
   state_.assign(static_cast<size_t>(index_.num_packets()), 0);
   if (!index_.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) index_.set_order(find_order());
-  open_codec(index_.reorder_depth());
+  open_codec(index_.reorder_depth(), true);
   if (index_.num_frames() == 0) throw Error("decode", "no frame can be decoded");
   const double seconds = index_.timeline().end;
   if (seconds > options_.limits.max_seconds) {
@@ -100,7 +94,8 @@ void VideoDecoder::open_input() {
   held_ = false;
 }
 
-void VideoDecoder::open_codec(int reorder_depth) {
+// `unrecovered`: give also frames that the decoder takes for damaged because it started at an open entry.
+void VideoDecoder::open_codec(int reorder_depth, bool unrecovered) {
   const AVCodec* codec = avcodec_find_decoder(stream_->codecpar->codec_id);
   if (!codec) {
     throw Error("codec", std::string("no decoder for ") + avcodec_get_name(stream_->codecpar->codec_id));
@@ -111,8 +106,19 @@ void VideoDecoder::open_codec(int reorder_depth) {
   codec_->thread_count = 1;
   codec_->pkt_timebase = stream_->time_base;
   codec_->max_pixels = options_.limits.max_pixels;
+  if (unrecovered) codec_->flags |= AV_CODEC_FLAG_OUTPUT_CORRUPT;
   codec_->has_b_frames = std::max(codec_->has_b_frames, reorder_depth);
   check(avcodec_open2(codec_.get(), codec, nullptr), "codec", codec->name);
+  if (!encoder_notes_.empty()) {
+    av_packet_unref(packet_.get());
+    check(av_new_packet(packet_.get(), static_cast<int>(encoder_notes_.size())), "codec", "packet");
+    std::memcpy(packet_->data, encoder_notes_.data(), encoder_notes_.size());
+    codec_->skip_frame = AVDISCARD_NONREF;  // no complaint that there is no picture
+    avcodec_send_packet(codec_.get(), packet_.get());
+    avcodec_flush_buffers(codec_.get());
+    codec_->skip_frame = AVDISCARD_DEFAULT;
+    take_log();
+  }
   run_next_ = -1;
 }
 
@@ -137,6 +143,7 @@ void VideoDecoder::scan_packets() {
     entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
     entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
+    if (packets.empty()) encoder_notes_ = inspector.encoder_notes({packet_->data, static_cast<size_t>(packet_->size)});
     packets.push_back(entry);
     if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) {
       throw Error("limits", "more than max_frames = " + std::to_string(options_.limits.max_frames) + " packets");
@@ -169,7 +176,7 @@ std::vector<int64_t> VideoDecoder::find_order() {
 
 // Learns it by decoding the whole stream.
 std::vector<int64_t> VideoDecoder::decode_order() {
-  open_codec(0);
+  open_codec(0, false);
   std::vector<int64_t> output;
   const auto collect = [&] {
     for (;;) {
@@ -354,9 +361,8 @@ void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
   const bool wanted = (state & kWanted) || (follow_ && index_.rank(ordinal) >= first_wanted_);
   if (!wanted && index_.disposable(ordinal)) return;
-  const bool skips = !wanted && skips_nonref_exactly(codec_->codec_id) && !index_.packed();
-  state |= kGiven | (skips ? 0 : kExpected);
-  codec_->skip_frame = skips ? AVDISCARD_NONREF : AVDISCARD_DEFAULT;
+  // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
+  state |= kGiven;
   codec_->skip_loop_filter = options_.fast && !wanted ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
   packet_->pts = ordinal;  // comes back on the frame and names it
   packet_->dts = AV_NOPTS_VALUE;
@@ -390,7 +396,10 @@ void VideoDecoder::receive(const Sink& sink) {
     ++stats_.frames_decoded;
     const int64_t ordinal = frame_->pts;
     if (ordinal < 0 || ordinal >= index_.num_packets()) continue;
-    if (frame_->decode_error_flags || (frame_->flags & AV_FRAME_FLAG_CORRUPT)) note_error(ordinal, AVERROR_INVALIDDATA);
+    // The H.264 decoder marks good frames too, when pictures shown before its open entry come between; the index knows.
+    const bool unproven = codec_->codec_id != AV_CODEC_ID_H264 || !index_.exact_from(run_start_, ordinal);
+    const bool corrupt = (frame_->flags & AV_FRAME_FLAG_CORRUPT) && unproven;
+    if (frame_->decode_error_flags || corrupt) note_error(ordinal, AVERROR_INVALIDDATA);
     uint8_t& state = state_[static_cast<size_t>(ordinal)];
     const bool deliver = (state & kWanted) && !(state & kOut);
     state |= kOut;
@@ -421,7 +430,7 @@ std::string VideoDecoder::fault_of(int64_t rank) const {
   const bool drained = run_next_ < 0;
   for (int64_t ordinal = index_.start_for(rank); ordinal < target; ++ordinal) {
     const uint8_t state = state_[static_cast<size_t>(ordinal)];
-    if (!(state & kExpected) || (state & kOut) || index_.rank(ordinal) < 0 || !index_.spoils(ordinal, rank)) continue;
+    if (!(state & kGiven) || (state & kOut) || index_.rank(ordinal) < 0 || !index_.spoils(ordinal, rank)) continue;
     if (drained || index_.shown_after(rank, ordinal)) {
       return name + " was decoded without frame " + std::to_string(index_.rank(ordinal)) + ", which did not come out";
     }

@@ -87,7 +87,7 @@ class VideoDecoder {
   };
 
   void open_input();
-  void open_codec(int reorder_depth);
+  void open_codec(int reorder_depth, bool unrecovered);
   void scan_packets();
   std::vector<int64_t> find_order();
   std::vector<int64_t> decode_order();
@@ -119,6 +119,7 @@ class VideoDecoder {
   PacketIndex index_;
   Orientation orientation_;
   DecodeStats stats_;
+  std::vector<uint8_t> encoder_notes_;
   int num_video_streams_ = 0;
   bool truncated_ = false;
   std::optional<Metadata> metadata_;
@@ -127,7 +128,7 @@ class VideoDecoder {
   bool held_ = false;        // packet_ already is that packet
 
   // The run: what the decoder has been given since its last flush.
-  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4, kExpected = 8 };
+  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4 };
   std::vector<uint8_t> state_;   // by ordinal
   std::vector<int64_t> errors_;  // ordinals of packets and frames with errors
   std::string error_text_;       // of the first of them

@@ -449,7 +449,9 @@ def _name(source: Source) -> str:
         return "<bytes>"
     if isinstance(source, FileSlice):
         return f"{os.fspath(source.path)}[{source.offset}:{source.offset + source.length}]"
-    return os.fspath(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    raise TypeError(f"a source is a path, bytes or a pyvdl.FileSlice, not {type(source).__name__}")
 
 
 def _native(source: Source) -> Any:
@@ -458,9 +460,7 @@ def _native(source: Source) -> Any:
         return core.Source.memory(source)
     if isinstance(source, FileSlice):
         return core.Source.file(os.fsencode(source.path), source.offset, source.length)
-    if isinstance(source, (str, os.PathLike)):
-        return core.Source.file(os.fsencode(source), 0, -1)
-    raise TypeError(f"a source is a path, bytes or a pyvdl.FileSlice, not {type(source).__name__}")
+    return core.Source.file(os.fsencode(source), 0, -1)
 
 
 def _native_request(request: ClipRequest) -> tuple[Any, float, float | None, int]:

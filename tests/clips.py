@@ -35,14 +35,18 @@ def write_clip(
     gop: int = 12,
     b_frames: int = 2,
     options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
     pts: list[int] | None = None,
     frames: list[npt.NDArray[np.uint8]] | None = None,
 ) -> None:
-    """Encodes `frames` (default: a drifting texture) to `path`; the suffix chooses the container, `pts` counts in 1/fps."""
+    """Encodes `frames` (default: a drifting texture) to `path`.
+
+    The suffix chooses the container; `pts` counts in 1/fps.
+    """
     images = frames or moving_texture(num_frames, size, seed)
     if codec == "libx265":
         options = {"x265-params": "log-level=none"} | (options or {})
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
