@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from os import PathLike
+from typing import cast
 
 import av
 import numpy as np
@@ -47,7 +48,7 @@ def write_clip(
     if codec == "libx265":
         options = {"x265-params": "log-level=none"} | (options or {})
     with av.open(str(path), "w", container_options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options or {}))
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.time_base = Fraction(1, fps)

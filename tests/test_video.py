@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ from pyvdl import ClipLoader, ClipRequest, DecodeError, FileSlice, Limits, Video
 from tests.clips import decode_planes, moving_texture, write_clip
 
 # name, options of write_clip, largest difference from PyAV's FFmpeg (MPEG-4's IDCT differs between versions)
-KINDS = [
+KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("h264.mp4", {"b_frames": 3}, 0),
     ("h264.mkv", {"b_frames": 3}, 0),
     ("h264.ts", {"b_frames": 3}, 0),
@@ -75,7 +76,9 @@ def num_threads() -> int:
 
 
 @pytest.mark.parametrize(("name", "options", "tolerance"), KINDS, ids=[kind[0] for kind in KINDS])
-def test_every_way_to_a_frame_gives_the_same_picture(folder: Path, name: str, options: dict, tolerance: int) -> None:
+def test_every_way_to_a_frame_gives_the_same_picture(
+    folder: Path, name: str, options: dict[str, Any], tolerance: int
+) -> None:
     path = folder / name
     try:
         write_clip(path, num_frames=NUM_FRAMES, fps=25, **options)
@@ -236,7 +239,7 @@ def test_colours_follow_matrix_and_range(folder: Path, matrix: str, full_range: 
 
 def test_sample_clip_takes_the_planned_frames(clip: Path) -> None:
     decoder = VideoDecoder(clip)
-    options = {"short_side": 64, "size": 64}
+    options: dict[str, Any] = {"short_side": 64, "size": 64}
     cut = decoder[:].data[:, :, 16:80]
     uniform = sample_clip(clip, num_frames=5, **options)
     assert np.array_equal(uniform.data, cut[[5, 15, 25, 35, 45]])
@@ -266,7 +269,13 @@ def test_start_seconds_count_from_the_first_shown_frame(folder: Path) -> None:
 
 
 def test_random_sampling_depends_on_the_seed_alone(clip: Path) -> None:
-    options = {"sampling": "random", "crop": "random", "scale_jitter": (0.8, 1.2), "flip": True, "num_frames": 4}
+    options: dict[str, Any] = {
+        "sampling": "random",
+        "crop": "random",
+        "scale_jitter": (0.8, 1.2),
+        "flip": True,
+        "num_frames": 4,
+    }
     first = sample_clip(clip, seed=5, short_side=64, size=48, **options)
     assert np.array_equal(first.data, sample_clip(clip.read_bytes(), seed=5, short_side=64, size=48, **options).data)
     others = [sample_clip(clip, seed=seed, short_side=64, size=48, **options) for seed in range(6, 12)]
@@ -332,7 +341,7 @@ def test_fast_quality_is_close_to_exact(clip: Path) -> None:
         ({"limits": Limits(max_bytes=1000)}, "exceed limits.max_bytes = 1000"),
     ],
 )
-def test_bad_arguments_are_named(clip: Path, options: dict, words: str) -> None:
+def test_bad_arguments_are_named(clip: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
         sample_clip(clip, **options)
 
@@ -390,7 +399,7 @@ def test_faults_name_path_and_stage(clip: Path, folder: Path) -> None:
     for path, (stage, words) in cases.items():
         for call in (VideoDecoder, sample_clip):
             with pytest.raises(DecodeError) as caught:
-                call(path)  # type: ignore[operator]
+                call(path)
             assert (caught.value.path, caught.value.stage) == (str(path), stage)
             assert words in caught.value.message
     with pytest.raises(DecodeError, match="<bytes>: header"):
@@ -472,7 +481,7 @@ def test_a_truncated_file_is_told(folder: Path, suffix: str) -> None:
         assert decoder.metadata.truncated
         with pytest.raises(DecodeError, match=rf"read: the file is cut off: {len(decoder)} frames of it are there"):
             sample_clip(cut)
-    inside = {"end_seconds": 0.5, "num_frames": 3}
+    inside: dict[str, Any] = {"end_seconds": 0.5, "num_frames": 3}
     assert np.array_equal(sample_clip(cut, **inside).data, sample_clip(data, **inside).data)
 
 
@@ -545,7 +554,7 @@ def requests_for(clip: Path, count: int) -> list[ClipRequest]:
     return [ClipRequest(clip, start_seconds=(i % 7) / 10, end_seconds=None, seed=i) for i in range(count)]
 
 
-OPTIONS = {"num_frames": 3, "sampling": "random", "crop": "random", "short_side": 64, "size": 48}
+OPTIONS: dict[str, Any] = {"num_frames": 3, "sampling": "random", "crop": "random", "short_side": 64, "size": 48}
 
 
 def test_loader_gives_what_sample_clip_gives_in_order(clip: Path) -> None:
@@ -631,7 +640,7 @@ def test_an_exception_of_the_requests_reaches_the_consumer(clip: Path) -> None:
         ({"prefetch": -1}, "prefetch must be at least 0, not -1"),
     ],
 )
-def test_bad_loader_arguments(options: dict, words: str) -> None:
+def test_bad_loader_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ClipLoader([], **{"batch_size": 1, "num_threads": 1, "prefetch": 1} | options)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ EXACT = [name for name in DECODABLE if EXPECTED[name]["bit_exact"]]
 def opened(name: str) -> VideoDecoder:
     """`file.mp4#v:1` means the second video stream."""
     file, _, stream = name.partition("#v:")
-    errors = "raise" if EXPECTED[name]["bit_exact"] else "conceal"
+    errors: Literal["raise", "conceal"] = "raise" if EXPECTED[name]["bit_exact"] else "conceal"
     return VideoDecoder(VIDEOS / file, stream=int(stream) if stream else None, errors=errors)
 
 
@@ -126,7 +126,7 @@ def test_rotation_is_that_of_the_command_line(name: str) -> None:
 def test_a_file_without_video_is_refused() -> None:
     for call in (VideoDecoder, sample_clip):
         with pytest.raises(DecodeError, match=r"audio_only\.mp4: stream: no video stream"):
-            call(VIDEOS / "audio_only.mp4")  # type: ignore[operator]
+            call(VIDEOS / "audio_only.mp4")
 
 
 def test_damage_in_midstream() -> None:
