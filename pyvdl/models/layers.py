@@ -75,7 +75,7 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.num_heads = num_heads
-        # Each of the three projections is initialised for its own fan-out, not for that of the fused matrix.
+        # By fan-in alone: a fused matrix then starts as three separate ones would.
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.norm_attention = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.qkv = nnx.Linear(width, 3 * width, kernel_init=init, dtype=dtype, rngs=rngs)
