@@ -86,8 +86,13 @@ class PyDecoder {
   Times pts_seconds() const { return to_numpy(decoder_->index().pts_seconds()); }
   Times durations_seconds() const { return to_numpy(decoder_->index().durations_seconds()); }
 
-  nb::dict stats() const {
-    const DecodeStats& s = decoder_->stats();
+  nb::dict stats() {
+    DecodeStats s;
+    {
+      const nb::gil_scoped_release release;
+      const std::lock_guard lock(mutex_);
+      s = decoder_->stats();
+    }
     nb::dict d;
     d["packets_read"] = s.packets_read;
     d["packets_sent"] = s.packets_sent;

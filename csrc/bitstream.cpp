@@ -85,6 +85,7 @@ PacketFacts inspect_hevc(Bytes packet, int prefix_bytes) {
       facts.picture = true;
       facts.temporal_layer = std::max<uint8_t>(facts.temporal_layer, static_cast<uint8_t>((nal[1] & 7) - 1));
       referenced |= type > 14 || type % 2 != 0;  // odd types up to 15 are sub-layer reference pictures
+      facts.decodable_leading |= type == 6 || type == 7;
       if (type == 19 || type == 20) facts.entry = Entry::clean;
       if (type >= 16 && type <= 21 && facts.entry == Entry::none) facts.entry = Entry::open;
     } else if (type <= 34 || type > 40) {

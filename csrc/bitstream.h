@@ -26,6 +26,7 @@ struct PacketFacts {
   bool damaged = false;       // its structure contradicts itself
   Entry entry = Entry::open;  // meaningful for packets the container flags as key frames
   uint8_t temporal_layer = 0;
+  bool decodable_leading = false;  // shown before the entry it follows, without needing anything before that (HEVC)
   bool backward = false;  // a B picture, known for MPEG-1, 2 and 4: shown at once, while others wait for the next such
   bool packed = false;    // it holds a second picture, as MPEG-4 in AVI may
   bool doubtful = false;  // so small that it may be a place marker instead of a picture (MPEG-4)

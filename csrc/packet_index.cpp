@@ -43,6 +43,29 @@ void PacketIndex::set_order(const std::vector<int64_t>& output) {
   complete_ = true;
 }
 
+bool PacketIndex::undecodable_at_start(int64_t ordinal) const {
+  if (order_[static_cast<size_t>(ordinal)] < 0 || entries_.empty()) return false;
+  const int64_t first = entries_.front();
+  return ordinal < first || !(exact_from(first, ordinal) || packet(ordinal).facts.decodable_leading);
+}
+
+bool PacketIndex::starts_undecodable() const {
+  for (int64_t i = 0; i < num_packets(); ++i) {
+    if (undecodable_at_start(i)) return true;
+  }
+  return false;
+}
+
+void PacketIndex::leave_out_undecodable_start() {
+  std::vector<int64_t> rest;
+  for (int64_t i = 0; i < num_packets(); ++i) {
+    if (order_[static_cast<size_t>(i)] >= 0 && !undecodable_at_start(i)) rest.push_back(i);
+  }
+  std::sort(rest.begin(), rest.end(),
+            [&](int64_t a, int64_t b) { return order_[static_cast<size_t>(a)] < order_[static_cast<size_t>(b)]; });
+  set_order(rest);
+}
+
 std::optional<std::vector<int64_t>> PacketIndex::order_by_type() const {
   if (packed_ || doubtful_) return std::nullopt;
   std::vector<int64_t> output;
@@ -175,7 +198,9 @@ bool PacketIndex::spoils(int64_t ordinal, int64_t rank) const {
   if (ordinal < start) return false;
   // Pictures shown before an open entry that follow it in the file serve nothing shown after it.
   const int64_t place = order_[static_cast<size_t>(ordinal)];
-  return place < 0 || place >= order_[static_cast<size_t>(start)];
+  if (place >= 0) return place >= order_[static_cast<size_t>(start)];
+  const int64_t time = packet(ordinal).pts;  // not shown: only its time can tell
+  return time == kNoTime || packet(start).pts == kNoTime || time >= packet(start).pts;
 }
 
 bool PacketIndex::exact_from(int64_t start, int64_t ordinal) const {

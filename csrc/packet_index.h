@@ -49,6 +49,10 @@ class PacketIndex {
   std::vector<int64_t> stored_order() const;  // of all pictures
 
   bool complete() const { return complete_; }
+  // The file starts with pictures that need others before it: those before the first entry, and those shown before an
+  // open first entry. Decoders leave them out.
+  bool starts_undecodable() const;
+  void leave_out_undecodable_start();
   int64_t num_frames() const { return static_cast<int64_t>(shown_.size()); }
   int64_t num_packets() const { return static_cast<int64_t>(packets_.size()); }
   const IndexEntry& packet(int64_t ordinal) const { return packets_[static_cast<size_t>(ordinal)]; }
@@ -85,6 +89,7 @@ class PacketIndex {
  private:
   void number_frames(const std::vector<int64_t>& presentation);
   bool is_entry(int64_t ordinal) const;
+  bool undecodable_at_start(int64_t ordinal) const;
 
   std::vector<IndexEntry> packets_;
   std::vector<int64_t> shown_;    // rank -> ordinal

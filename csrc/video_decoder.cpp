@@ -44,7 +44,16 @@ VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, 
   open_input();
   scan_packets();
   state_.assign(static_cast<size_t>(index_.num_packets()), 0);
-  if (!index_.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) index_.set_order(find_order());
+  const AVCodecID codec = stream_->codecpar->codec_id;
+  if (!index_.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) {
+    index_.set_order(find_order());
+  } else if (index_.starts_undecodable()) {
+    if (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC) {
+      index_.leave_out_undecodable_start();
+    } else {
+      index_.set_order(decode_order());  // the packets do not tell which of these pictures need others
+    }
+  }
   open_codec(index_.reorder_depth(), true);
   if (index_.num_frames() == 0) throw Error("decode", "no frame can be decoded");
   const double seconds = index_.timeline().end;

@@ -380,7 +380,9 @@ class ClipLoader(Iterator[ClipBatch]):
             raise StopIteration
         self._submit(self._prefetch + 1)
         while (result := self._loader.next(_PATIENCE_SECONDS)) is None:
-            pass  # back in the interpreter, so that Ctrl-C is heard
+            # Back in the interpreter, so that Ctrl-C is heard, and a close() from another thread.
+            if not self._finalizer.alive:
+                raise StopIteration
         self._pending.popleft()
         data, errors, index = result
         return ClipBatch(

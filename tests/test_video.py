@@ -114,6 +114,40 @@ def test_frames_that_nobody_needs_are_not_decoded(folder: Path, name: str) -> No
     assert decoder.stats["frames_decoded"] < 14, "20 frames of the last group, without disposable ones"
 
 
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [
+        ("libx264", "mkv", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+        ("libx265", "mkv", {"x265-params": "log-level=none:open-gop=1:keyint=12:bframes=3"}),
+        ("mpeg2video", "mkv", {}),
+        ("libvpx-vp9", "webm", {}),
+    ],
+)
+def test_a_file_cut_in_the_middle_shows_what_can_be_decoded(
+    folder: Path, codec: str, suffix: str, options: dict[str, str]
+) -> None:
+    whole, part = folder / f"whole-{codec}.{suffix}", folder / f"part-{codec}.{suffix}"
+    write_clip(whole, num_frames=40, codec=codec, options=options, b_frames=0 if "vp" in codec else 3, size=(96, 64))
+    frames = VideoDecoder(whole)
+    with av.open(str(whole)) as source, av.open(str(part), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        keys = 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            previous = packet.dts is not None and keys == 1 and packet.pts is not None and packet.size
+            if keys >= 2 or (previous and packet.dts > 200):  # some packets of the group before, then all others
+                if packet.dts is None:
+                    continue
+                packet.stream = stream
+                target.mux(packet)
+    cut = VideoDecoder(part)
+    key = int(frames.key_frames[1])
+    assert cut.key_frames[0] == 0
+    assert len(cut) == 40 - key
+    for i in (0, 3, len(cut) - 1, 1):
+        assert joined(cut.get_planes_at(i)) == joined(frames.get_planes_at(key + i)), f"frame {i}"
+
+
 def test_reading_in_order_decodes_each_frame_once(clip: Path) -> None:
     decoder = VideoDecoder(clip)
     frames = list(decoder)

@@ -367,6 +367,18 @@ void test_index_of_decoded_order() {
   expect_equal(index.rank(0), -1, __LINE__);
 }
 
+void test_index_leaves_out_an_undecodable_start() {
+  PacketIndex index = index_of({{'P', 0}, {'K', 3}, {'B', 1}, {'B', 2}, {'P', 4}, {'K', 7}, {'B', 5}, {'B', 6}});
+  expect(index.starts_undecodable(), "a picture before the first entry", __LINE__);
+  index.leave_out_undecodable_start();
+  expect(!index.starts_undecodable() && index.complete(), "left out", __LINE__);
+  expect_equal(index.pts(), Frames{3, 4, 5, 6, 7}, __LINE__);
+  Frames starts;
+  for (int64_t rank = 0; rank < index.num_frames(); ++rank) starts.push_back(index.start_for(rank));
+  expect_equal(starts, Frames{1, 1, 1, 1, 5}, __LINE__);
+  expect(!index_of({{'I', 2}, {'B', 0}, {'B', 1}}).starts_undecodable(), "a clean entry has none", __LINE__);
+}
+
 void test_higher_layers_keep_lower_disposable_pictures() {
   std::vector<IndexEntry> packets(3);
   for (int64_t i = 0; i < 3; ++i) packets[static_cast<size_t>(i)].pts = i;
@@ -401,6 +413,7 @@ int main() {
   test_index_tells_what_an_error_spoils();
   test_index_without_pts();
   test_index_of_decoded_order();
+  test_index_leaves_out_an_undecodable_start();
   test_higher_layers_keep_lower_disposable_pictures();
   std::printf("%d failures\n", failures);
   return failures > 0;
