@@ -8,13 +8,14 @@ what in which order, and fills question templates. A clause it cannot read is le
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
 from pyvdl.data import Question
 
 COLORS = frozenset(
-    "red green blue yellow purple orange white black cyan pink brown gray grey golden silver violet beige".split()
+    ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "cyan", "pink", "brown", "gray", "grey")
 )
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -30,7 +31,9 @@ CONSEQUENCES = {
     "appears": "why is the {actor} not there at the start?",
 }
 # A later deed of the same kind hides the consequence of an earlier one.
-KINDS = {verb: i for i, verbs in enumerate((("slides",), ("grows", "shrinks"), ("vanishes", "appears"))) for verb in verbs}
+KINDS = {
+    verb: i for i, verbs in enumerate((("slides",), ("grows", "shrinks"), ("vanishes", "appears"))) for verb in verbs
+}
 
 _PART = re.compile(r"<([^>]+)>\s*([^<]*)")
 _CLAUSE = re.compile(r"^(first|then) it (.+?)(?: (quickly|slowly))?$")
@@ -83,13 +86,17 @@ def _temporal(deeds: list[Deed]) -> list[Question]:
     found = []
     for actor in dict.fromkeys(deed.actor for deed in deeds):
         own = [deed for deed in deeds if deed.actor == actor]
-        found.append(Question(f"what does the {actor} do first?", _base(own[0].verb), "temporal"))
+        found.append(
+            Question(question=f"what does the {actor} do first?", answer=_base(own[0].verb), family="temporal")
+        )
         if len(own) > 1:
-            found.append(Question(f"what does the {actor} do last?", _base(own[-1].verb), "temporal"))
-    for before, after in zip(deeds, deeds[1:], strict=False):
+            found.append(
+                Question(question=f"what does the {actor} do last?", answer=_base(own[-1].verb), family="temporal")
+            )
+    for before, after in itertools.pairwise(deeds):
         who = "it" if before.actor == after.actor else f"the {after.actor}"
         question = f"what happens after the {before.actor} {before.verb}?"
-        found.append(Question(question, f"{who} {after.verb}", "temporal"))
+        found.append(Question(question=question, answer=f"{who} {after.verb}", family="temporal"))
     return found
 
 
@@ -102,12 +109,14 @@ def _causal(deeds: list[Deed]) -> list[Question]:
         hidden = any(deeds.index(d) < i if appears else deeds.index(d) > i for d in rivals)
         if deed.verb in CONSEQUENCES and not hidden:
             answer = "it appears later" if appears else f"it {deed.verb}"
-            found.append(Question(CONSEQUENCES[deed.verb].format(actor=deed.actor), answer, "causal"))
+            found.append(
+                Question(question=CONSEQUENCES[deed.verb].format(actor=deed.actor), answer=answer, family="causal")
+            )
     pair = [deed for deed in deeds if deed.verb.startswith("meets the ")]
     if pair:
         other = pair[0].verb.removeprefix("meets the ")
         question = f"why do the {pair[0].actor} and the {other} touch at the end?"
-        found.append(Question(question, "they move together", "causal"))
+        found.append(Question(question=question, answer="they move together", family="causal"))
     return found
 
 
@@ -116,27 +125,27 @@ def _short(actors: list[str], deeds: list[Deed], background: str | None) -> list
     for actor in actors:
         color, _, noun = actor.partition(" ")
         if color in COLORS and noun:
-            found.append(Question(f"what color is the {noun}?", color, "short"))
+            found.append(Question(question=f"what color is the {noun}?", answer=color, family="short"))
     if background:
-        found.append(Question("what is in the background?", background, "short"))
+        found.append(Question(question="what is in the background?", answer=background, family="short"))
     if len(actors) < len(NUMBERS):
-        found.append(Question("how many shapes are there?", NUMBERS[len(actors)], "short"))
+        found.append(Question(question="how many shapes are there?", answer=NUMBERS[len(actors)], family="short"))
     for deed in deeds:
         alone = sum(other.verb == deed.verb for other in deeds) == 1
         if alone and not deed.verb.startswith("meets"):
-            found.append(Question(f"what is {_progressive(deed.verb)}?", deed.actor, "short"))
+            found.append(Question(question=f"what is {_progressive(deed.verb)}?", answer=deed.actor, family="short"))
     return found
 
 
 def _base(verb: str) -> str:
-    """"slides left" -> "slide left", "vanishes" -> "vanish"."""
+    """ "slides left" -> "slide left", "vanishes" -> "vanish"."""
     head, _, rest = verb.partition(" ")
     head = head[:-2] if re.search(r"(sh|ch|x|ss|o)es$", head) else head.removesuffix("s")
     return f"{head} {rest}".strip()
 
 
 def _progressive(verb: str) -> str:
-    """"slides left" -> "sliding left", "spins" -> "spinning"."""
+    """ "slides left" -> "sliding left", "spins" -> "spinning"."""
     head, _, rest = _base(verb).partition(" ")
     if head.endswith("e") and not head.endswith("ee"):
         head = head[:-1]

@@ -29,7 +29,7 @@ from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordToken
 from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
 
 Stage = Literal["visual", "language"]
-PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "paper": settings.paper}
+PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
 _FREE = {"num_threads", "prefetch", "log_every", "checkpoint_every", "keep_checkpoints"}

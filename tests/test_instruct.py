@@ -41,8 +41,8 @@ def test_a_consequence_undone_later_is_not_asked_for() -> None:
 
 
 def test_a_meeting_has_no_first() -> None:
-    text = "<red disc> a red disc is on the left, first it meets the blue ring slowly. <blue ring> a blue ring is on the right."
-    found = pairs(text)
+    text = "<red disc> a red disc is on the left, first it meets the blue ring slowly."
+    found = pairs(f"{text} <blue ring> a blue ring is on the right.")
     assert found["why do the red disc and the blue ring touch at the end?"] == "they move together"
     assert not any("first" in question for question in found)
 

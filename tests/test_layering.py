@@ -40,7 +40,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """Modules that `name` imports anywhere in its text, functions included; `from package import module` counts as both."""
+    """Modules that `name` imports, in functions too; `from package import module` counts as both."""
     result = set()
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(MODULES[name].read_text())):

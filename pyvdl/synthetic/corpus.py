@@ -26,7 +26,8 @@ from pyvdl.synthetic.scene import Scene, sample_scene
 SIZE = 128  # pixels, square
 FPS = 12
 PARTS = {"train": 0.5, "unlabelled": 0.3, "test": 0.2}  # shares of the clips
-FRAMES_A_CLIP = 6  # single frames with an image caption taken from every train clip, for the image model
+PICTURES = 4  # single frames with a caption each, at the centres of as many parts of a window of a train clip
+WINDOWS = 3  # overlapping windows of a train clip that pictures are taken from
 SEGMENTS = 4  # clips in one long video
 
 
@@ -40,13 +41,15 @@ class Encoding:
     options: dict[str, str]
 
 
-X264 = {"preset": "veryfast", "crf": "20", "bf": "2", "g": "36"}
+X264 = {"preset": "veryfast", "crf": "27", "bf": "2", "g": "12"}
 ENCODINGS = (
     Encoding("libx264", ".mp4", 0.45, X264),
     Encoding("libx264", ".mkv", 0.2, X264),
-    Encoding("libx265", ".mp4", 0.1, {"preset": "ultrafast", "crf": "22", "x265-params": "log-level=none:pools=1"}),
-    Encoding("libvpx-vp9", ".webm", 0.1, {"deadline": "realtime", "cpu-used": "8", "crf": "28", "b": "0"}),
-    Encoding("mpeg4", ".mp4", 0.15, {"qscale": "4", "bf": "2", "g": "24"}),
+    Encoding(
+        "libx265", ".mp4", 0.1, {"preset": "ultrafast", "crf": "30", "x265-params": "log-level=none:pools=1:keyint=12"}
+    ),
+    Encoding("libvpx-vp9", ".webm", 0.1, {"deadline": "realtime", "cpu-used": "8", "crf": "36", "b": "0", "g": "12"}),
+    Encoding("mpeg4", ".mp4", 0.15, {"qscale": "6", "bf": "2", "g": "12"}),
 )
 LONG = Encoding("libx264", ".mp4", 0.0, X264)
 LONG_SHARE = 0.15  # of the clips stand, four together, in long videos
@@ -60,7 +63,7 @@ class Corpus:
     train: list[Record]
     unlabelled: list[Record]
     test: list[Record]
-    frames: list[Record]  # single frames of train clips with image captions
+    pictures: list[Record]  # windows of train clips with a caption for each of their frames
     num_files: int
     codecs: dict[str, int]
 
@@ -143,8 +146,8 @@ def _write(job: _Job, directory: str, seed: int) -> None:
 
 
 def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> tuple[list[Record], list[Record]]:
-    """The clips of one file, and the single frames taken from its train clips."""
-    records, frames = [], []
+    """The clips of one file, and the pictures taken from its train clips."""
+    records, pictures = [], []
     start_frame = 0
     for clip in job.clips:
         scene, rng = _scene(seed, clip)
@@ -161,7 +164,7 @@ def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> t
             captions=tuple(words.caption(scene, rng) for _ in range(3)),
             narrative=words.narrative(scene),
             alt_text=words.alt_text(scene, rng),
-            questions=tuple(Question(*question) for question in words.questions(scene)),
+            questions=tuple(Question(**question._asdict()) for question in words.questions(scene)),
             label=words.label(scene),
             split=part,
             group=job.path,
@@ -170,21 +173,21 @@ def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> t
         records.append(record)
         if part != "train":
             continue
-        for i in range(FRAMES_A_CLIP):
-            frame = int((i + rng.random()) * num_frames / FRAMES_A_CLIP)
-            seconds = start + frame / FPS
-            frames.append(
+        for window in range(WINDOWS):
+            begin, length = scene.duration_seconds * window / 10, scene.duration_seconds * (11 - WINDOWS) / 10
+            instants = [begin + (i + 0.5) / PICTURES * length for i in range(PICTURES)]
+            pictures.append(
                 Record(
-                    key=f"{record.key}-frame-{frame:03d}",
-                    video=str(directory / job.path),
-                    start_seconds=seconds,
-                    end_seconds=seconds + 1 / FPS,
-                    captions=(words.image_caption(scene, frame / FPS),),
-                    split="frames",
+                    key=f"{record.key}-pictures-{window}",
+                    video=record.video,
+                    start_seconds=start + begin,
+                    end_seconds=start + begin + length,
+                    captions=tuple(words.image_caption(scene, instant) for instant in instants),
+                    split="pictures",
                     group=record.key,
                 )
             )
-    return records, frames
+    return records, pictures
 
 
 def make_corpus(
@@ -195,7 +198,7 @@ def make_corpus(
     num_workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Renders and encodes the corpus into `directory` and writes its manifests train, unlabelled, test and frames.jsonl.
+    """Renders and encodes the corpus into `directory`; its manifests are train, unlabelled, test and pictures.jsonl.
 
     Files that are there already are kept, so a stopped run goes on where it was. `progress` is called with (files done,
     files in all). Raises ValueError when there are too few clips for three parts.
@@ -218,12 +221,12 @@ def make_corpus(
             if progress:
                 progress(done, len(jobs))
     part_of = [part for part, count in part_sizes(num_clips).items() for _ in range(count)]
-    parts: dict[str, list[Record]] = {part: [] for part in (*PARTS, "frames")}
+    parts: dict[str, list[Record]] = {part: [] for part in (*PARTS, "pictures")}
     for job in jobs:
-        records, frames = _records(job, directory, part_of, seed)
+        records, pictures = _records(job, directory, part_of, seed)
         for record in records:
             parts[record.split or ""].append(record)
-        parts["frames"] += frames
+        parts["pictures"] += pictures
     for part, records in parts.items():
         write_manifest(directory / f"{part}.jsonl", records)
     codecs = Counter(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
-from pyvdl.synthetic.scene import DIGITS, SPRITE, Scene, Sprite, states
+from pyvdl.synthetic.scene import SPRITE, Scene, Sprite, states
 
 RGB = {
     "red": (220, 40, 40),
@@ -17,45 +16,28 @@ RGB = {
     "yellow": (235, 215, 50),
     "purple": (150, 50, 190),
     "orange": (240, 140, 30),
-    "white": (240, 240, 240),
     "cyan": (60, 210, 220),
+    "pink": (240, 130, 190),
 }
 TINTS = {"grass": (58, 82, 46), "sand": (150, 128, 92), "water": (44, 62, 96), "brick": (104, 62, 54)}
+CORES = {"beetle": (15, 15, 15), "flower": (250, 250, 250), "badge": (120, 70, 30)}  # colours of the middle
 TILE = 64  # pixels of a sprite's own picture before it is scaled
-
-
-@functools.cache
-def _digits() -> dict[str, np.ndarray]:
-    """scikit-learn's handwritten digits of the kinds in use, each float[n, 8, 8] in [0, 1]."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    numbers = {"two": 2, "four": 4, "seven": 7, "eight": 8}
-    return {name: data.images[data.target == numbers[name]] / 16.0 for name in DIGITS}
 
 
 def _mask(sprite: Sprite) -> np.ndarray:
     """float[TILE, TILE] in [0, 1]: where the sprite is."""
-    if sprite.kind in DIGITS:
-        pictures = _digits()[sprite.kind]
-        picture = Image.fromarray((pictures[sprite.texture % len(pictures)] * 255).astype(np.uint8))
-        return np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), dtype=np.float64) / 255.0
     u = (np.arange(4 * TILE) + 0.5) / (2 * TILE) - 1.0  # four samples a pixel each way, averaged below
     x, y = np.meshgrid(u, u)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    if sprite.kind == "disc":
+    if sprite.kind in ("ball", "beetle"):
         inside = radius < 0.95
-    elif sprite.kind == "ring":
-        inside = (radius < 0.97) & (radius > 0.55)
-    elif sprite.kind == "square":
-        inside = np.maximum(abs(x), abs(y)) < 0.82
-    elif sprite.kind == "cross":
-        inside = (np.minimum(abs(x), abs(y)) < 0.28) & (np.maximum(abs(x), abs(y)) < 0.95)
-    elif sprite.kind == "triangle":
-        inside = (y < 0.8) & (abs(x) < (y + 0.95) * 0.55)
-    else:  # star: the radius swings between two values five times around
+    elif sprite.kind == "badge":
+        inside = np.maximum(abs(x), abs(y)) < 0.85
+    elif sprite.kind == "leaf":
+        inside = np.hypot(abs(x) + 0.55, y) < 1.1
+    else:  # flower: the radius swings five times around
         swing = np.abs(np.mod((angle + np.pi / 2) * 5 / (2 * np.pi), 1.0) - 0.5) * 2
-        inside = radius < 0.38 + 0.6 * swing**1.3
+        inside = radius < 0.55 + 0.42 * swing
     return inside.reshape(TILE, 4, TILE, 4).mean((1, 3))
 
 
@@ -70,12 +52,15 @@ def draw_sprite(sprite: Sprite) -> Image.Image:
         waves = waves * np.sin(2 * np.pi * rng.uniform(2, 4) * (y * np.cos(turn) - x * np.sin(turn)))
     shade = 0.87 + 0.13 * waves + rng.normal(0, 0.03, x.shape)
     color = np.asarray(RGB[sprite.color]) * shade[..., None]
+    if sprite.kind in CORES:
+        core = np.hypot(2 * x - 1 + 1 / TILE, 2 * y - 1 + 1 / TILE) < 0.5
+        color = np.where(core[..., None], np.asarray(CORES[sprite.kind]), color)
     pixels = np.concatenate([color, 255 * _mask(sprite)[..., None]], axis=-1)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGBA")
 
 
 def draw_background(scene: Scene, size: int) -> np.ndarray:
-    """uint8[2 * size, 2 * size, 3] periodic texture: cloudy noise in the tint of the background, with bricks or ripples."""
+    """uint8[2 * size, 2 * size, 3] periodic texture: clouds in the tint of the background, with bricks or ripples."""
     rng = np.random.default_rng(scene.texture)
     side = 2 * size
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
@@ -98,7 +83,7 @@ def render(scene: Scene, instants_seconds: Iterable[float], *, size: int) -> Ite
     """Yields the frames of `scene` at the given instants as uint8[size, size, 3]."""
     rng = np.random.default_rng(scene.texture + 1)
     texture = draw_background(scene, size)
-    noise = rng.normal(0, 6, (4, size, size, 3)).astype(np.int16)
+    noise = rng.normal(0, 3, (4, size, size, 3)).astype(np.int16)
     pictures = [draw_sprite(sprite) for sprite in scene.sprites]
     offset = rng.uniform(0, size, 2)
     for seconds in instants_seconds:

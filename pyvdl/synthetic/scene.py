@@ -1,4 +1,4 @@
-"""Scenes of the synthetic corpus: which sprites there are, what they do one after another, where they are at any instant.
+"""Scenes of the synthetic corpus: which sprites there are, what they do in turn, where they are at any instant.
 
 A scene is a description only (no pixels, no words): `render` draws it, `words` tells it. Positions are in units of the
 frame, x to the right and y downwards, with (0.5, 0.5) the centre.
@@ -11,10 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
-SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
-DIGITS = ("two", "four", "seven", "eight")  # scikit-learn's handwritten digits
-KINDS = SHAPES + DIGITS
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
+KINDS = ("ball", "beetle", "flower", "badge", "leaf")
 BACKGROUNDS = ("grass", "sand", "water", "brick")
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),
@@ -26,10 +24,10 @@ Action = Literal["left", "right", "up", "down", "spin", "grow", "shrink", "appea
 ACTIONS: tuple[Action, ...] = ("left", "right", "up", "down", "spin", "grow", "shrink", "appear", "vanish", "meet")
 
 SMALL, LARGE = 0.6, 1.45  # sprite scale before it grows and after; SPRITE is scale 1
-SPRITE = 0.28  # side of a sprite in frames
+SPRITE = 0.36  # side of a sprite in frames
 NEAR, FAR = 0.22, 0.78  # where a slide starts and ends
 TOUCH = 0.12  # half the distance of two sprites that have met
-ROUND = ("disc", "ring")  # a spin of these cannot be seen
+ROUND = ("ball", "beetle")  # a spin of these cannot be seen
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,9 @@ def _following(rng: np.random.Generator, first: Action, *, same: bool, pair: boo
         return "appear"
     if first in DIRECTIONS and same:  # only across and alone: there is no room to slide on, or another sprite is there
         choices = [
-            c for c in choices if c not in DIRECTIONS or (not pair and (DIRECTIONS[c][0] == 0) != (DIRECTIONS[first][0] == 0))
+            c
+            for c in choices
+            if c not in DIRECTIONS or (not pair and (DIRECTIONS[c][0] == 0) != (DIRECTIONS[first][0] == 0))
         ]
     elif first in DIRECTIONS and pair:  # both slide along lanes side by side
         choices = [c for c in choices if c not in DIRECTIONS or (DIRECTIONS[c][0] == 0) == (DIRECTIONS[first][0] == 0)]
@@ -143,7 +143,9 @@ def _place(
     """Starting places that leave room for what is to come and keep two sprites apart."""
     meets = "meet" in actions
     slides = [DIRECTIONS[action] for action in actions if action in DIRECTIONS]
-    upright = bool(slides[0][0]) if slides else bool(rng.random() < 0.5)  # two sprites: one above the other, or side by side
+    upright = (
+        bool(slides[0][0]) if slides else bool(rng.random() < 0.5)
+    )  # two sprites: one above the other, or side by side
     sprites = []
     for i, (color, kind) in enumerate(names):
         x, y = (float(rng.uniform(0.42, 0.58)) for _ in range(2))

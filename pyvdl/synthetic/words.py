@@ -1,8 +1,8 @@
 """Puts scenes into words: short captions, narratives with actor tags, noisy alt-text, image captions, questions.
 
-Everything a writer would know comes from the scene; nothing here looks at pixels. The alt-text is spoiled at fixed rates
-(`ALT_TEXT_NOISE`), as text found beside videos on the web is: parts are wrong, missing or vague, some texts are about
-something else altogether.
+Everything a writer would know comes from the scene; nothing here looks at pixels. The alt-text is spoiled at fixed
+rates (`ALT_TEXT_NOISE`), as text found beside videos on the web is: parts are wrong, missing or vague, some texts are
+about something else altogether.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from pyvdl.synthetic.scene import ACTIONS, BACKGROUNDS, COLORS, DIRECTIONS, KINDS, Event, Scene, sample_scene, states
 
-# Fixed before the first training; printed by the demo. For every part of a text (colour, kind, what happens, background):
-# wrong = another value, missing = left out, vague = a word that says little; unrelated = the whole text is another scene's.
+# Fixed before the first training; printed by the demo. For every part of a text (colour, kind, deed, background)
+# wrong = another value, missing = left out, vague = a word that says little; unrelated = the text is another scene's.
 ALT_TEXT_NOISE = {"wrong": 0.2, "missing": 0.2, "vague": 0.2, "unrelated": 0.2}
 
 # Several ways to say what happens, as people differ; the first is the plain one that narratives and answers use.
@@ -88,8 +88,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             who = "" if alone else f"the {name} " if again else f"{_article(name)} "
             text = who + _pick(rng, PHRASES[event.action])
         told.append(text)
-    text = _pick(rng, (" and then ", ", then ", " before ")[: 2 if scene.events[-1].action != "meet" else 2]).join(told)
-    if len(scene.sprites) == 2 and {e.actor for e in scene.events} == {0} and all(e.action != "meet" for e in scene.events):
+    text = _pick(rng, (" and then ", ", then ")).join(told)
+    if (
+        len(scene.sprites) == 2
+        and {e.actor for e in scene.events} == {0}
+        and all(e.action != "meet" for e in scene.events)
+    ):
         text += f" {_pick(rng, ('beside', 'near', 'next to'))} {_article(scene.sprites[1].name)}"
     if rng.random() < 0.4:
         text += f" {_pick(rng, ('over', 'on'))} {scene.background}"
@@ -157,7 +161,10 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
     words = []
     for actor in actors:
         sprite = scene.sprites[actor]
-        words += [_spoil(rng, sprite.color, COLORS, ("bright", "")), _spoil(rng, sprite.kind, KINDS, ("thing", "object"))]
+        words += [
+            _spoil(rng, sprite.color, COLORS, ("bright", "")),
+            _spoil(rng, sprite.kind, KINDS, ("thing", "object")),
+        ]
     for event in scene.events:
         action = _spoil(rng, event.action, ACTIONS, ("moving", "video"))
         words.append(LABELS.get(action, action))

@@ -1,0 +1,435 @@
+"""The whole method on a small corpus, in minutes on two cores: what `make demo` runs.
+
+Corpus -> image model -> visual stage -> language stage -> captions -> three dual encoders -> evaluation -> report. Each
+step writes its own folder below one directory, so that a demo that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pyvdl import __version__, instruct, pretrain
+from pyvdl.caption import CaptionRow, caption_records
+from pyvdl.checkpoint import load_model, save_model
+from pyvdl.claims import claims, recovered_gain, verdict
+from pyvdl.config import ClipConfig, Preset, demo
+from pyvdl.data import Record
+from pyvdl.evaluate import (
+    CaptionScores,
+    QuestionScores,
+    class_embeddings,
+    embed_texts,
+    embed_videos,
+    evaluate_captions,
+    evaluate_questions,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+)
+from pyvdl.metrics import bootstrap_interval, caption_statistics
+from pyvdl.models.dual_encoder import DualEncoder, inflate
+from pyvdl.models.vlm import VLM
+from pyvdl.progress import Progress
+from pyvdl.recipes import adapt, train
+from pyvdl.report import save_thumbnail, table, write_report
+from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus
+from pyvdl.synthetic.words import LABELS
+from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
+from pyvdl.train import History
+from pyvdl.video import ClipLoader, ClipRequest, sample_clip
+
+STAGES = ("image", "visual", "language")
+TEXTS = ("alt_text", "pseudo_captions", "human_captions")
+CLIPS = 1500
+ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 400, 250, 400  # of the stand-ins for published models
+SAMPLES = 5  # captions a clip
+TOP_P, TEMPERATURE = 0.95, 0.7  # defaults of LaViLa's narrator: the paper states none
+CAPTION_LENGTH, DETAIL_LENGTH = 28, 48  # tokens
+BATCH = 50  # clips, in evaluation
+
+
+class Clock:
+    """Seconds spent in each phase; says on stderr what begins."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str, says: str) -> Iterator[None]:
+        print(f"[{self.total:5.0f} s] {says}", file=sys.stderr, flush=True)
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The VLM after one stage, and how it does on the test part."""
+
+    model: VLM
+    captions: CaptionScores
+    questions: QuestionScores
+    details: list[str]
+    detail_recall: np.ndarray  # float64[N], share of each clip's facts found in its detailed description
+
+
+def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
+    """Runs everything below `directory`, prints the table and returns the path of the report page."""
+    directory = Path(directory)
+    clock = Clock()
+    with clock.phase("corpus", f"corpus: {CLIPS} clips, rendered and encoded (seed {seed})"):
+        corpus = _corpus(directory / "corpus", seed)
+        noise = ", ".join(f"{name} {share:.0%}" for name, share in ALT_TEXT_NOISE.items())
+        print(f"alt-text noise, fixed beforehand: {noise}", file=sys.stderr)
+    tokenizer = WordTokenizer.from_texts(_texts(corpus))
+    preset = demo(tokenizer.vocab_size)
+    clip = dataclasses.replace(preset.visual.clip, crop="center")
+    decode = _decode_speed(corpus.test, clip)
+
+    histories: dict[str, History] = {}
+    work = {name: directory / name for name in ("encoder", *STAGES, *(f"dual_{text}" for text in TEXTS))}
+    with clock.phase("pretrain", "image models, from single frames and text (stand-ins for CLIP and PaLI-3)"):
+        histories["encoder"] = pretrain.image_text_encoder(
+            corpus.pictures, tokenizer, preset, work["encoder"], steps=ENCODER_STEPS, seed=seed
+        )
+        histories["text"], histories["pretrain"] = pretrain.image_language_model(
+            corpus.pictures,
+            tokenizer,
+            preset,
+            work["image"],
+            encoder=work["encoder"] / "model",
+            text_steps=TEXT_STEPS,
+            steps=IMAGE_STEPS,
+            seed=seed,
+        )
+    changes = (f"seed={seed}",)
+    with clock.phase("visual", "visual stage: the vision tower learns from short captions"):
+        start = work["image"] / "model"
+        histories["visual"] = adapt(
+            "visual", corpus.train, work["visual"], start=start, preset="demo", assignments=changes
+        )
+    with clock.phase("language", "language stage: the language model learns from instruction data"):
+        start = work["visual"] / "model"
+        taught = [_instructed(record) for record in corpus.train]
+        histories["language"] = adapt(
+            "language", taught, work["language"], start=start, preset="demo", assignments=changes
+        )
+    with clock.phase("evaluate", "evaluation of the three language models on the test part"):
+        stages = {name: _evaluate_stage(work[name] / "model", corpus.test, clip, seed) for name in STAGES}
+    with clock.phase("caption", f"captions of the unlabelled clips, {SAMPLES} each by nucleus sampling"):
+        begin = time.perf_counter()
+        rows = _caption(
+            stages["language"].model, tokenizer, corpus.unlabelled, clip, directory / "captions.jsonl", seed
+        )
+        caption_seconds = time.perf_counter() - begin
+    encoders: dict[str, DualEncoder] = {}
+    with clock.phase("dual_encoder", "dual encoders, three times from the same start"):
+        _inflate(work["encoder"] / "model", directory / "dual_start", preset, seed)
+        records = dict(zip(TEXTS, _captioned(corpus.unlabelled, rows), strict=True))
+        for text in TEXTS:
+            out, start = work[f"dual_{text}"], directory / "dual_start"
+            histories[f"dual_{text}"] = train(records[text], out, start=start, preset="demo", assignments=changes)
+            encoders[text], _ = load_model(out / "model")  # type: ignore[assignment]
+    with clock.phase("evaluate", "evaluation of the three encoders"):
+        dual = {text: _evaluate_encoder(encoders[text], tokenizer, corpus.test, clip, seed) for text in TEXTS}
+
+    report: dict[str, Any] = {
+        "pyvdl": __version__,
+        "machine": _machine(),
+        "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "av", "numpy")},
+        "seed": seed,
+        "corpus": {
+            "train": len(corpus.train),
+            "unlabelled": len(corpus.unlabelled),
+            "test": len(corpus.test),
+            "files": corpus.num_files,
+            "codecs": corpus.codecs,
+            "alt_text_noise": ALT_TEXT_NOISE,
+        },
+        "vlm": {name: _stage_scores(stage, seed) for name, stage in stages.items()},
+        "dual_encoder": {text: result["scores"] for text, result in dual.items()},
+        "caption_statistics": {
+            text: _statistics([caption for record in records[text] for caption in record.captions]) for text in TEXTS
+        },
+        "losses": {name: _curve(history) for name, history in histories.items()},
+        "throughput": {
+            "decode": decode,
+            "wait_share": {
+                "visual": histories["visual"].wait_share,
+                "language": histories["language"].wait_share,
+                "dual_encoder": float(np.mean([histories[f"dual_{text}"].wait_share for text in TEXTS])),
+            },
+            "caption": {
+                "clips_per_second": len(rows) / caption_seconds,
+                "tokens_per_second": sum(len(c.split()) + 1 for row in rows for c in row.captions) / caption_seconds,
+            },
+        },
+    }
+    report["recovered_gain"] = recovered_gain(report)
+    report["claims"] = claims(report)
+    report["verdict"] = verdict(report["claims"])
+    report["examples"] = _examples(directory, corpus.test, stages, dual, clip)
+    report["seconds"] = {**clock.seconds, "total": clock.total}
+    _write_json(directory / "report.json", report)
+    page = write_report(report, directory)
+    print(table(report))
+    print(report["verdict"])
+    print(f"\nreport: {page}  ({clock.total:.0f} s in all)")
+    return page
+
+
+def _corpus(directory: Path, seed: int) -> Corpus:
+    bar: Progress | None = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = Progress("video files", total, done=done - 1).__enter__()
+        bar.advance()
+
+    try:
+        return make_corpus(directory, num_clips=CLIPS, seed=seed, progress=advance)
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def _texts(corpus: Corpus) -> Iterator[str]:
+    """What the tokenizer learns its words from: the train part alone."""
+    yield from (CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT.format(question=""), *LABELS.values())
+    for record in corpus.train:
+        yield from record.captions
+        yield instruct.describe(record.narrative or "")
+        yield record.alt_text or ""
+        for question in record.questions:
+            yield from (question.question, question.answer)
+    for record in corpus.pictures:
+        yield from record.captions
+
+
+def _instructed(record: Record) -> Record:
+    """The record with the questions the template generator finds in its narrative, in place of the corpus's own."""
+    return dataclasses.replace(record, questions=tuple(instruct.generate(record.narrative or "")))
+
+
+def _decode_speed(records: Sequence[Record], clip: ClipConfig) -> dict[str, Any]:
+    """Clips a second of the decoder alone, all cores, on the test part."""
+    threads = os.cpu_count() or 1
+    requests = [ClipRequest(r.video, r.start_seconds, r.end_seconds, 0) for r in records]
+    loader = ClipLoader(requests, batch_size=BATCH, num_threads=threads, prefetch=2, **dataclasses.asdict(clip))
+    begin = time.perf_counter()
+    good = sum(int(batch.ok.sum()) for batch in loader)
+    rate = good / (time.perf_counter() - begin)
+    return {"clips_per_second": rate, "frames_per_second": rate * clip.num_frames, "threads": threads}
+
+
+def _evaluate_stage(path: Path, records: Sequence[Record], clip: ClipConfig, seed: int) -> Stage:
+    model, tokenizer = load_model(path)
+    assert isinstance(model, VLM)
+    options: dict[str, Any] = {"clip": clip, "batch_size": BATCH, "seed": seed}
+    captions = evaluate_captions(model, tokenizer, records, max_length=CAPTION_LENGTH, **options)
+    questions = evaluate_questions(model, tokenizer, records, max_length=12, **options)
+    rows = caption_records(
+        model,
+        tokenizer,
+        records,
+        clip=clip,
+        prompt=DETAIL_PROMPT,
+        max_length=DETAIL_LENGTH,
+        temperature=0.0,
+        batch_size=BATCH,
+    )
+    details = [row.captions[0] if row.captions else "" for row in rows]
+    recall = [_recall(text, record.extra["facts"]) for text, record in zip(details, records, strict=True)]
+    return Stage(model, captions, questions, details, np.array(recall))
+
+
+def _recall(text: str, facts: Sequence[str]) -> float:
+    """Share of `facts`, runs of words, that `text` holds."""
+    return float(np.mean([f" {fact} " in f" {text} " for fact in facts]))
+
+
+def _caption(
+    model: VLM, tokenizer: WordTokenizer, records: Sequence[Record], clip: ClipConfig, path: Path, seed: int
+) -> list[CaptionRow]:
+    with Progress("clips captioned", len(records)) as bar:
+        rows = []
+        for row in caption_records(
+            model,
+            tokenizer,
+            records,
+            clip=clip,
+            num_samples=SAMPLES,
+            max_length=CAPTION_LENGTH,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            seed=seed,
+            batch_size=BATCH,
+        ):
+            rows.append(row)
+            bar.advance()
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(row.to_json() + "\n" for row in rows))
+    os.replace(partial, path)
+    return rows
+
+
+def _captioned(
+    records: Sequence[Record], rows: Sequence[CaptionRow]
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """The unlabelled clips with alt-text, with pseudo-captions and with human captions as their captions."""
+    said = {row.key: tuple(caption for caption in row.captions if caption) for row in rows}
+    alt = [dataclasses.replace(record, captions=(record.alt_text or "",)) for record in records]
+    pseudo = [dataclasses.replace(record, captions=said[record.key]) for record in records if said[record.key]]
+    return alt, pseudo, list(records)
+
+
+def _inflate(image_encoder: Path, out: Path, preset: Preset, seed: int) -> None:
+    """The start of all three dual encoders: the image-text encoder with a random temporal embedding (section 1.3)."""
+    model, tokenizer = load_model(image_encoder)
+    assert isinstance(model, DualEncoder)
+    video = inflate(model, preset.dual_encoder.vision.num_frames, rngs=nnx.Rngs(seed))
+    save_model(out, video, video.config, tokenizer)
+
+
+def _evaluate_encoder(
+    model: DualEncoder, tokenizer: WordTokenizer, records: Sequence[Record], clip: ClipConfig, seed: int
+) -> dict[str, Any]:
+    """Retrieval with the first caption of each clip as query, zero-shot classes on the clips that have one."""
+    videos = embed_videos(model, records, clip=clip, batch_size=BATCH)
+    texts = embed_texts(model, tokenizer, [record.captions[0] for record in records])
+    found = evaluate_retrieval(videos, texts, seed=seed)
+    names = list(LABELS.values())
+    labelled = [i for i, record in enumerate(records) if record.label is not None]
+    classes = class_embeddings(model, tokenizer, names, ("something is {}", "{}"))
+    labels = [names.index(records[i].label or "") for i in labelled]
+    zero = evaluate_zero_shot(videos[labelled], classes, labels, seed=seed)
+    scores: dict[str, Any] = {}
+    for direction, values in (("t2v", found.t2v), ("v2t", found.v2t)):
+        scores[direction] = {
+            name: _score(value, found.intervals[direction][name]) if name.startswith("R@") else value
+            for name, value in values.items()
+        }
+    scores |= {name: _score(getattr(zero, name), zero.intervals[name]) for name in ("top1", "top5")}
+    return {"scores": scores, "similarity": texts @ videos.T}
+
+
+def _score(value: float, interval: tuple[float, float]) -> dict[str, float]:
+    return {"value": float(value), "low": float(interval[0]), "high": float(interval[1])}
+
+
+def _stage_scores(stage: Stage, seed: int) -> dict[str, Any]:
+    questions = stage.questions
+    recall = 100 * stage.detail_recall
+    return {
+        "cider": _score(stage.captions.cider, stage.captions.interval),
+        "exact_match": _score(questions.exact_match, questions.intervals["exact_match"]),
+        "wups": _score(questions.wups, questions.intervals["wups"]),
+        "exact_match_by_family": questions.by_family,
+        "mean_length": stage.captions.mean_length,
+        "detail_recall": _score(float(recall.mean()), bootstrap_interval(recall, seed=seed)),
+        "detail_length": float(np.mean([len(text.split()) for text in stage.details])),
+    }
+
+
+def _statistics(captions: Sequence[str]) -> dict[str, Any]:
+    found = caption_statistics(captions)
+    names = ("mean_length", "unique_nouns", "unique_verbs", "vocabulary")
+    return {"captions": len(captions), **{name: getattr(found, name) for name in names}}
+
+
+def _curve(history: History) -> list[list[float]]:
+    """[step, loss] of each ten steps' mean."""
+    count = len(history.steps) // 10 * 10
+    steps, losses = history.steps[:count].reshape(-1, 10)[:, -1], history.losses[:count].reshape(-1, 10).mean(1)
+    return [[int(step), float(loss)] for step, loss in zip(steps, losses, strict=True)]
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _examples(
+    directory: Path, records: Sequence[Record], stages: dict[str, Stage], dual: dict[str, Any], clip: ClipConfig
+) -> dict[str, Any]:
+    """Film strips with captions, and queries with what the encoder trained on pseudo-captions finds. Not chosen: the
+    first test clips that differ in what happens."""
+    shown: list[int] = []
+    for i, record in enumerate(records):
+        if len(shown) < 6 and record.label not in {records[j].label for j in shown if records[j].label}:
+            shown.append(i)
+    offsets = np.cumsum([0, *(len(record.questions) for record in records)])
+    captions = []
+    for i in shown:
+        record = records[i]
+        asked = []
+        for q in range(0, len(record.questions), max(1, len(record.questions) // 3)):
+            before, after = (stages[name].questions.predictions[offsets[i] + q] for name in ("visual", "language"))
+            question = record.questions[q]
+            asked.append({"question": question.question, "answer": question.answer, "before": before, "after": after})
+        captions.append(
+            {
+                "key": record.key,
+                "video": record.video,
+                "frames": _thumbnails(directory, record, 8, clip),
+                "human": list(record.captions),
+                **{name: stages[name].captions.captions[i] for name in STAGES},
+                "detail": stages["language"].details[i],
+                "questions": asked[:3],
+            }
+        )
+    similarity = dual["pseudo_captions"]["similarity"]
+    retrieval = []
+    for i in shown[:4]:
+        ranked = [
+            {
+                "key": records[j].key,
+                "frame": _thumbnails(directory, records[j], 1, clip)[0],
+                "score": float(similarity[i, j]),
+                "correct": bool(j == i),
+            }
+            for j in np.argsort(-similarity[i])[:5]
+        ]
+        query = records[i].captions[0]
+        retrieval.append({"query": query, "key": records[i].key, "ranked": ranked, "encoder": "pseudo_captions"})
+    return {"captions": captions, "retrieval": retrieval}
+
+
+def _thumbnails(directory: Path, record: Record, count: int, clip: ClipConfig) -> list[str]:
+    """PNG files of `count` frames of the clip, at the size they have in the file."""
+    options = dataclasses.asdict(clip) | {"num_frames": count, "short_side": 128, "size": 128}
+    frames = sample_clip(record.video, start_seconds=record.start_seconds, end_seconds=record.end_seconds, **options)
+    names = [f"frame-{record.key}-{i + 1}of{count}.png" for i in range(count)]
+    for name, frame in zip(names, frames.data, strict=True):
+        save_thumbnail(frame, directory / name)
+    return names
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
