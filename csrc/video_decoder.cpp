@@ -65,13 +65,13 @@ VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, 
 
 void VideoDecoder::set_deadline(const Deadline& deadline) {
   deadline_ = deadline;
-  input_->set_deadline(deadline);
+  if (input_) input_->set_deadline(deadline);
 }
 
 void VideoDecoder::open_input() {
-  input_.reset();
-  input_ = std::make_unique<Input>(source_, options_.limits.max_bytes, deadline_);
-  AVFormatContext* format = input_->format();
+  input_.reset();  // where opening fails, the next call of decode() tries again
+  auto input = std::make_unique<Input>(source_, options_.limits.max_bytes, deadline_);
+  AVFormatContext* format = input->format();
   if (!header_suffices(*format)) {
     const int code = avformat_find_stream_info(format, nullptr);
     deadline_.require();
@@ -99,6 +99,7 @@ void VideoDecoder::open_input() {
     throw Error("limits", std::to_string(stream_->codecpar->width) + "x" + std::to_string(stream_->codecpar->height) +
                               " exceeds max_pixels = " + std::to_string(options_.limits.max_pixels));
   }
+  input_ = std::move(input);
   next_packet_ = 0;
   held_ = false;
 }
@@ -276,6 +277,7 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
   follow_ = contiguous && last_asked_ >= 0 && ranks.front() == last_asked_ + 1;
   last_asked_ = ranks.back();
   try {
+    if (!input_) open_input();
     while (!ranks.empty()) {
       const Group group = next_group(ranks);
       run_group(group, sink);
@@ -473,11 +475,10 @@ void VideoDecoder::conceal_missing(const Group& group, const Sink& sink) {
 
 Metadata VideoDecoder::metadata() {
   if (metadata_) return *metadata_;
-  const AVCodecParameters& parameters = *stream_->codecpar;
   Metadata m;
-  int width = parameters.width, height = parameters.height, format = parameters.format;
-  AVColorSpace space = parameters.color_space;
-  AVColorRange range = parameters.color_range;
+  int width = codec_->width, height = codec_->height, format = codec_->pix_fmt;
+  AVColorSpace space = codec_->colorspace;
+  AVColorRange range = codec_->color_range;
   try {  // the first frame knows better than the header
     const int64_t first[1] = {0};
     decode(first, [&](int64_t, const AVFrame& frame) {
@@ -495,7 +496,7 @@ Metadata VideoDecoder::metadata() {
   m.fps = static_cast<double>(m.num_frames) / timeline.end;
   m.duration_seconds = timeline.end;
   m.start_seconds = index_.pts_seconds().front();
-  m.codec = avcodec_get_name(parameters.codec_id);
+  m.codec = avcodec_get_name(codec_->codec_id);
   m.pixel_format = name_or_unknown(av_get_pix_fmt_name(static_cast<AVPixelFormat>(format)));
   m.rotation = orientation_.degrees;
   m.color_space = name_or_unknown(av_color_space_name(space));

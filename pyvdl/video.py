@@ -14,7 +14,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -30,6 +30,7 @@ Quality = Literal["exact", "fast"]
 Errors = Literal["raise", "conceal"]
 
 _PATIENCE_SECONDS = 0.1  # between looks at Ctrl-C while waiting for a batch
+_SEED_STEP = 0xBF58476D1CE4E5B9  # odd, and not SplitMix64's own step, by which streams would overlap
 
 
 class DecodeError(RuntimeError):
@@ -312,6 +313,7 @@ class ClipLoader(Iterator[ClipBatch]):
         `prefetch` batches ahead of it.
     batch_size: clips in a batch; the last batch holds what is left.
     prefetch: batches decoded ahead of the one in hand. Memory: prefetch + 1 batches, besides those the caller keeps.
+    seed: gives each request without a seed of its own one that depends on this and the request's number.
     The other arguments are those of `sample_clip`.
 
     A clip that fails is zeros with ok False and its error text; it never stops the others. Each batch is fresh memory,
@@ -339,6 +341,7 @@ class ClipLoader(Iterator[ClipBatch]):
         errors: Errors = "raise",
         limits: Limits | None = None,
         timeout_seconds: float | None = None,
+        seed: int | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -362,7 +365,8 @@ class ClipLoader(Iterator[ClipBatch]):
             limits=limits,
             timeout_seconds=timeout_seconds,
         )
-        self._requests = iter(requests)
+        self._requests = enumerate(requests)
+        self._seed = seed
         self._batch_size = batch_size
         self._prefetch = prefetch
         self._pending: deque[list[Any]] = deque()  # keeps the bytes that the threads read from
@@ -395,11 +399,17 @@ class ClipLoader(Iterator[ClipBatch]):
     def _submit(self, batches: int) -> None:
         """Reads requests until `batches` batches are under way or the requests end."""
         while len(self._pending) < batches and self._finalizer.alive:
-            clips = [_native_request(request) for request in itertools.islice(self._requests, self._batch_size)]
+            taken = itertools.islice(self._requests, self._batch_size)
+            clips = [_native_request(self._seeded(number, request)) for number, request in taken]
             if not clips:
                 return
             self._loader.submit(clips)
             self._pending.append(clips)
+
+    def _seeded(self, number: int, request: ClipRequest) -> ClipRequest:
+        if self._seed is None or request.seed is not None:
+            return request
+        return replace(request, seed=self._seed + number * _SEED_STEP)
 
     def close(self) -> None:
         """Stops decoding and ends the threads. Iterating ends, too."""

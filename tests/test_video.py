@@ -608,6 +608,21 @@ def test_loader_gives_what_sample_clip_gives_in_order(clip: Path) -> None:
         assert all(b.data.ctypes.data % 64 == 0 and not b.data.flags.writeable for b in batches)
 
 
+def test_a_seed_of_the_loader_serves_requests_without_one(clip: Path) -> None:
+    requests = [ClipRequest(clip), ClipRequest(clip), ClipRequest(clip, seed=4)]
+
+    def data(seed: int, threads: int) -> np.ndarray:
+        (batch,) = ClipLoader(requests, batch_size=3, num_threads=threads, prefetch=0, seed=seed, **OPTIONS)
+        return batch.data
+
+    first = data(1, 1)
+    assert np.array_equal(first, data(1, 3))
+    assert not np.array_equal(first[0], first[1])
+    other = data(2, 1)
+    assert not np.array_equal(first[0], other[0])
+    assert np.array_equal(first[2], other[2])
+
+
 def test_one_bad_clip_stops_nothing(clip: Path, folder: Path) -> None:
     good = ClipRequest(clip, seed=0)
     bad = [ClipRequest(folder / "missing.mp4"), ClipRequest(b"nonsense"), ClipRequest(clip, start_seconds=5.0)]
