@@ -72,6 +72,14 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def threads_fall_to(count: int) -> bool:
+    """The kernel lists a thread for a moment after it was joined."""
+    deadline = time.monotonic() + 5
+    while num_threads() > count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return num_threads() <= count
+
+
 # --- exactness ---
 
 
@@ -134,10 +142,8 @@ def test_a_file_cut_in_the_middle_shows_what_can_be_decoded(
         keys = 0
         for packet in source.demux(video=0):
             keys += packet.is_keyframe
-            previous = packet.dts is not None and keys == 1 and packet.pts is not None and packet.size
-            if keys >= 2 or (previous and packet.dts > 200):  # some packets of the group before, then all others
-                if packet.dts is None:
-                    continue
+            # Some packets of the group before, then all others.
+            if packet.dts is not None and (keys >= 2 or packet.dts > 200):
                 packet.stream = stream
                 target.mux(packet)
     cut = VideoDecoder(part)
@@ -650,7 +656,7 @@ def test_requests_are_read_lazily_and_may_be_endless(clip: Path) -> None:
     next(loader)
     assert taken == 2 * (3 + 2)
     loader.close()
-    assert num_threads() == before
+    assert threads_fall_to(before)
     with pytest.raises(StopIteration):
         next(loader)
 
@@ -659,11 +665,11 @@ def test_leaving_early_ends_the_threads(clip: Path) -> None:
     before = num_threads()
     with ClipLoader(requests_for(clip, 40), batch_size=2, num_threads=2, prefetch=4, **OPTIONS) as loader:
         kept = next(loader).data
-    assert num_threads() == before
+    assert threads_fall_to(before)
     for _ in ClipLoader(requests_for(clip, 40), batch_size=2, num_threads=2, prefetch=4, **OPTIONS):
         break
     gc.collect()
-    assert num_threads() == before
+    assert threads_fall_to(before)
     assert kept.any(), "a batch outlives its loader"
 
 
@@ -678,7 +684,7 @@ def test_an_exception_of_the_requests_reaches_the_consumer(clip: Path) -> None:
     with pytest.raises(OSError, match="manifest lost"):
         next(loader)
     loader.close()
-    assert num_threads() == before
+    assert threads_fall_to(before)
 
 
 @pytest.mark.parametrize(
