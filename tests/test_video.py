@@ -46,7 +46,7 @@ KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("mpeg4_no_b.avi", {"codec": "mpeg4", "b_frames": 0}, 1),
     ("mpeg2.ts", {"codec": "mpeg2video", "b_frames": 2}, 1),
     ("mpeg2.mpg", {"codec": "mpeg2video", "b_frames": 2}, 1),
-    ("mjpeg.avi", {"codec": "mjpeg", "pix_fmt": "yuvj422p"}, 1),
+    ("mjpeg.avi", {"codec": "mjpeg", "pix_fmt": "yuvj422p", "b_frames": 0}, 1),
 ]
 NUM_FRAMES = 50
 
