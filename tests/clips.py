@@ -66,4 +66,10 @@ def decode_planes(path: str | PathLike[str], stream: int = 0) -> list[bytes]:
     """The stored planes of every frame, in presentation order, as PyAV's own FFmpeg decodes them."""
     with av.open(str(path)) as container:
         container.streams.video[stream].thread_type = "NONE"
-        return [frame.to_ndarray().tobytes() for frame in container.decode(video=stream)]
+        return [b"".join(map(_visible, frame.planes)) for frame in container.decode(video=stream)]
+
+
+def _visible(plane: av.video.plane.VideoPlane) -> bytes:
+    """The samples of an 8-bit plane without the padding of its rows."""
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return rows[: plane.height, : plane.width].tobytes()
