@@ -27,7 +27,6 @@ lint: env
 	.venv/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 test: lint
-	cmake --version >/dev/null 2>&1 || true
 	$(PY) -m pytest tests
 
 clean:

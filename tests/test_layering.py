@@ -41,7 +41,7 @@ MODULES = modules()
 
 def imports(name: str) -> set[str]:
     """Modules that `name` imports, in functions too; `from package import module` counts as both."""
-    result = set()
+    result: set[str] = set()
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
