@@ -206,8 +206,9 @@ class Preset:
     visual: TrainConfig  # vision tower trains on short captions
     language: TrainConfig  # language model trains on instruction data
     contrastive: TrainConfig  # the dual encoder
-    prompt_length: int  # tokens
-    target_length: int
+    prompt_length: int  # tokens, of a question with its task prompt
+    caption_length: int  # tokens, of a short caption
+    target_length: int  # tokens, of the longest answer: a detailed description
 
 
 def paper(vocab_size: int) -> Preset:
@@ -236,7 +237,8 @@ def paper(vocab_size: int) -> Preset:
             clip=ClipConfig(num_frames=4, fps=2.0, sampling="fps", crop="random", scale_jitter=(0.9, 1.33)),
         ),
         prompt_length=64,
-        target_length=77,
+        caption_length=77,
+        target_length=128,
     )
 
 
@@ -275,6 +277,7 @@ def toy(vocab_size: int) -> Preset:
             stage, optim=adamw, clip=dataclasses.replace(clip, crop="random", scale_jitter=(0.9, 1.33))
         ),
         prompt_length=32,
+        caption_length=32,
         target_length=32,
     )
 
@@ -305,6 +308,7 @@ def demo(vocab_size: int) -> Preset:
                 num_heads=4,
                 head_dim=32,
                 mlp_dim=256,
+                num_buckets=64,
                 dtype="float32",
             ),
             num_frames=4,
@@ -312,7 +316,7 @@ def demo(vocab_size: int) -> Preset:
         dual_encoder=DualEncoderConfig(
             vision=dataclasses.replace(vision, num_frames=4, class_token=True),
             text=TextTowerConfig(
-                vocab_size=vocab_size, context_length=32, width=128, depth=2, num_heads=4, mlp_dim=256, dtype="float32"
+                vocab_size=vocab_size, context_length=24, width=128, depth=2, num_heads=4, mlp_dim=256, dtype="float32"
             ),
             embed_dim=128,
         ),
@@ -334,5 +338,6 @@ def demo(vocab_size: int) -> Preset:
             clip=dataclasses.replace(clip, scale_jitter=(0.9, 1.33)),
         ),
         prompt_length=24,
+        caption_length=28,
         target_length=48,
     )

@@ -45,7 +45,8 @@ from pyvdl.models.vlm import VLM
 from pyvdl.progress import Progress
 from pyvdl.recipes import adapt, train
 from pyvdl.report import save_thumbnail, table, write_report
-from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus
+from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus, words
+from pyvdl.synthetic.scene import COLORS, KINDS
 from pyvdl.synthetic.words import LABELS
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.train import History
@@ -59,6 +60,7 @@ SAMPLES = 5  # captions a clip
 TOP_P, TEMPERATURE = 0.95, 0.7  # defaults of LaViLa's narrator: the paper states none
 CAPTION_LENGTH, DETAIL_LENGTH = 28, 48  # tokens
 BATCH = 50  # clips, in evaluation
+TEMPLATES = tuple(f"{words.article(f'{color} {kind}')} {{}}" for color in COLORS for kind in KINDS)  # zero-shot
 
 
 class Clock:
@@ -319,7 +321,7 @@ def _evaluate_encoder(
     found = evaluate_retrieval(videos, texts, seed=seed)
     names = list(LABELS.values())
     labelled = [i for i, record in enumerate(records) if record.label is not None]
-    classes = class_embeddings(model, tokenizer, names, ("something is {}", "{}"))
+    classes = class_embeddings(model, tokenizer, names, TEMPLATES)
     labels = [names.index(records[i].label or "") for i in labelled]
     zero = evaluate_zero_shot(videos[labelled], classes, labels, seed=seed)
     scores: dict[str, Any] = {}

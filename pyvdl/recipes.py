@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from pyvdl import config as settings
-from pyvdl.caption import claim
+from pyvdl.caption import claim, encode_prompts
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record
@@ -35,9 +35,9 @@ RUN_FILE = "run.json"
 _FREE = {"num_threads", "prefetch", "log_every", "checkpoint_every", "keep_checkpoints"}
 
 
-def short_captions(tokenizer: WordTokenizer, *, prompt_length: int, target_length: int) -> Encode:
+def short_captions(tokenizer: WordTokenizer, *, target_length: int) -> Encode:
     """The visual stage's data: the caption task prompt, and one caption of the clip drawn at random."""
-    prompt = tokenizer.encode(CAPTION_PROMPT, prompt_length)
+    prompt = encode_prompts(tokenizer, [CAPTION_PROMPT])[0]
 
     def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         text = record.captions[rng.integers(len(record.captions))]
@@ -112,8 +112,11 @@ def adapt(
     model, tokenizer, sizes, config = _begin(
         VLM, texts, start, preset, assignments, lambda p: p.visual if stage == "visual" else p.language
     )
-    lengths = {"prompt_length": sizes.prompt_length, "target_length": sizes.target_length}
-    encode = (short_captions if stage == "visual" else instructions)(tokenizer, **lengths)
+    encode: Encode
+    if stage == "visual":
+        encode = short_captions(tokenizer, target_length=sizes.caption_length)
+    else:
+        encode = instructions(tokenizer, prompt_length=sizes.prompt_length, target_length=sizes.target_length)
     asked = {"job": f"adapt {stage}", "preset": preset, "start": None if start is None else os.fspath(start)}
     return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked)
 

@@ -33,8 +33,6 @@ def _mask(sprite: Sprite) -> np.ndarray:
         inside = radius < 0.95
     elif sprite.kind == "badge":
         inside = np.maximum(abs(x), abs(y)) < 0.85
-    elif sprite.kind == "leaf":
-        inside = np.hypot(abs(x) + 0.55, y) < 1.1
     else:  # flower: the radius swings five times around
         swing = np.abs(np.mod((angle + np.pi / 2) * 5 / (2 * np.pi), 1.0) - 0.5) * 2
         inside = radius < 0.55 + 0.42 * swing

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
-KINDS = ("ball", "beetle", "flower", "badge", "leaf")
+KINDS = ("ball", "beetle", "flower", "badge")
 BACKGROUNDS = ("grass", "sand", "water", "brick")
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),

@@ -30,7 +30,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "appear": ("appears", "shows up", "fades in"),
     "vanish": ("vanishes", "disappears", "fades out"),
 }
-LABELS = {
+PROGRESSIVE = {
     "left": "sliding left",
     "right": "sliding right",
     "up": "sliding up",
@@ -40,7 +40,6 @@ LABELS = {
     "shrink": "shrinking",
     "appear": "appearing",
     "vanish": "vanishing",
-    "meet": "meeting",
 }
 BASE = {  # after "does" or "will"
     "left": "slide left",
@@ -56,6 +55,10 @@ BASE = {  # after "does" or "will"
 }
 
 
+# Classes for zero-shot classification, to follow the name of a sprite.
+LABELS = {action: phrases[0] for action, phrases in PHRASES.items()} | {"meet": "and another meet"}
+
+
 class Answered(NamedTuple):
     """One question about a clip; `family` is temporal, causal or short."""
 
@@ -64,7 +67,8 @@ class Answered(NamedTuple):
     family: str
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
+    """The name with "a" or "an" before it."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
@@ -77,7 +81,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     told: list[str] = []
     for i, event in enumerate(scene.events):
         if event.action == "meet":
-            pair = " and ".join(_article(sprite.name) for sprite in scene.sprites)
+            pair = " and ".join(article(sprite.name) for sprite in scene.sprites)
             if i:  # one of them has acted already
                 pair = "the two"
             text = f"{pair} {_pick(rng, ('meet', 'come together', 'move together'))}"
@@ -85,7 +89,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             name = scene.sprites[event.actor].name
             again = i > 0 and (scene.events[0].action == "meet" or scene.events[0].actor == event.actor)
             alone = again and scene.events[0].action != "meet"
-            who = "" if alone else f"the {name} " if again else f"{_article(name)} "
+            who = "" if alone else f"the {name} " if again else f"{article(name)} "
             text = who + _pick(rng, PHRASES[event.action])
         told.append(text)
     text = _pick(rng, (" and then ", ", then ")).join(told)
@@ -94,7 +98,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         and {e.actor for e in scene.events} == {0}
         and all(e.action != "meet" for e in scene.events)
     ):
-        text += f" {_pick(rng, ('beside', 'near', 'next to'))} {_article(scene.sprites[1].name)}"
+        text += f" {_pick(rng, ('beside', 'near', 'next to'))} {article(scene.sprites[1].name)}"
     if rng.random() < 0.4:
         text += f" {_pick(rng, ('over', 'on'))} {scene.background}"
     return text
@@ -118,7 +122,7 @@ def image_caption(scene: Scene, seconds: float) -> str:
     for sprite, state in zip(scene.sprites, states(scene, seconds), strict=True):
         if state.opacity > 0.3:
             faint = "faint " if state.opacity < 0.75 else ""
-            parts.append(f"{_article(_size(state.scale) + faint + sprite.name)} {_place(state.x, state.y)}")
+            parts.append(f"{article(_size(state.scale) + faint + sprite.name)} {_place(state.x, state.y)}")
     return f"{' and '.join(parts) if parts else 'nothing'} over {scene.background}"
 
 
@@ -126,9 +130,9 @@ def narrative(scene: Scene) -> str:
     """A long description, one tagged part an actor and one for the background, in the order things happen."""
     parts = []
     for i, (sprite, state) in enumerate(zip(scene.sprites, states(scene, 0.0), strict=True)):
-        clauses = [f"{_article(_size(sprite.scale) + sprite.name)} is {_place(state.x, state.y)}"]
+        clauses = [f"{article(_size(sprite.scale) + sprite.name)} is {_place(state.x, state.y)}"]
         if not sprite.visible:
-            clauses = [f"{_article(sprite.name)} is not there yet"]
+            clauses = [f"{article(sprite.name)} is not there yet"]
         for order, event in zip(("first", "then"), scene.events, strict=False):
             if event.action == "meet":
                 clauses.append(f"{order} it meets the {scene.sprites[1 - i].name} {_pace(event)}")
@@ -167,7 +171,7 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
         ]
     for event in scene.events:
         action = _spoil(rng, event.action, ACTIONS, ("moving", "video"))
-        words.append(LABELS.get(action, action))
+        words.append(_pick(rng, PHRASES.get(action, ("meet",) if action == "meet" else (action,))))
     words.append(_spoil(rng, scene.background, BACKGROUNDS, ("outside", "background")))
     text = " ".join(word for word in words if word)
     return f"{text} {_pick(rng, ('clip', 'stock footage', 'hd', ''))}".strip() or "clip"
@@ -224,9 +228,8 @@ def questions(scene: Scene) -> list[Answered]:
     result.append(Answered("what is in the background?", scene.background, "short"))
     result.append(Answered("how many shapes are there?", ("one", "two")[len(names) - 1], "short"))
     for event in scene.events:
-        doing = LABELS[event.action]
         if event.action != "meet" and sum(e.action == event.action for e in scene.events) == 1:
-            result.append(Answered(f"what is {doing}?", names[event.actor], "short"))
+            result.append(Answered(f"what is {PROGRESSIVE[event.action]}?", names[event.actor], "short"))
     return result
 
 
