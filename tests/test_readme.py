@@ -1,0 +1,64 @@
+"""What the README says of the tree, the commands and the code is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pyvdl.__main__ import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def named(line: str) -> list[str]:
+    """The paths of one line of the tree, `a.{h,cpp}` written out; a description follows after two spaces."""
+    result = []
+    for path in re.split(r"  +", line.strip())[0].split():
+        stem, _, endings = path.partition("{")
+        result += [stem + ending for ending in endings.rstrip("}").split(",")] if endings else [path]
+    return result
+
+
+def test_tree_names_every_source_and_nothing_else() -> None:
+    tree = next(block for block in blocks("") if block.startswith("csrc/"))
+    found: set[str] = set()
+    folder = ""
+    for line in tree.splitlines():
+        inside = line.startswith("  ")
+        paths = named(line)
+        if not inside and paths[0].endswith("/"):
+            folder = paths[0]
+        found.update(folder + path if inside else path for path in paths)
+    assert [path for path in sorted(found) if not (ROOT / path).exists()] == []
+    sources = [*ROOT.glob("csrc/*"), *ROOT.glob("kernels/*.py"), *ROOT.glob("pyvdl/*.py")]
+    sources += [path.parent for path in ROOT.glob("pyvdl/*/__init__.py")]
+    wanted = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"}
+    assert wanted - {path.rstrip("/") for path in found} == set()
+
+
+def test_every_verb_is_in_the_table() -> None:
+    verbs = next(action.choices for action in _parser()._actions if action.dest == "verb")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == sorted(verbs or ())
+
+
+@pytest.mark.parametrize("command", re.findall(r"^(pyvdl .*)$", "\n".join(blocks("sh")), re.MULTILINE))
+def test_commands_are_understood(command: str) -> None:
+    arguments = _parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.run)
+
+
+def test_python_examples_are_python() -> None:
+    assert len(blocks("python")) == 2
+    for code in blocks("python"):
+        ast.parse(code)
+        assert len(code.splitlines()) <= 12
