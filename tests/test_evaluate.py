@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from tests.clips import write_clip
 
 from pyvdl.config import ClipConfig, toy
 from pyvdl.data import Question, Record
@@ -25,6 +24,7 @@ from pyvdl.evaluate import (
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer
+from tests.clips import write_clip
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 NUM_CLIPS = 5
