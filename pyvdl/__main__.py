@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from pyvdl import __version__, commands
 from pyvdl.commands import UsageError
 
+DEMO_MODEL = Path("demo/language/model")  # what `make demo` leaves
+
 DESCRIPTION = """Adapt an image vision-language model to video, caption clips with it, train a video-text encoder on
 the captions.
 
@@ -163,10 +165,10 @@ def _parser() -> Parser:
         commands.caption,
         "Captions videos. One video prints its captions; several print a row each, with a status; --out writes shards\n"
         "and goes on where it stopped.",
-        "pyvdl caption video.mp4 --model runs/language/model --num-samples 3",
+        "pyvdl caption video.mp4 --num-samples 3",
     )
     p.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved VLM")
+    p.add_argument("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help=f"saved VLM (default: {DEMO_MODEL})")
     p.add_argument("--out", type=Path, metavar="DIR", help="write shards of rows here")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_sampling(p)
@@ -216,7 +218,7 @@ def _add_training(p: Parser) -> None:
     p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="training records")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     p.add_argument("--model", type=Path, metavar="DIR", help="saved model to start from (default: a random one)")
-    p.add_argument("--preset", choices=("toy", "paper"), default="toy", help="sizes and recipe (default: toy)")
+    p.add_argument("--preset", choices=("toy", "demo", "paper"), default="toy", help="sizes and recipe (default: toy)")
     p.add_argument(
         "--set",
         action="append",

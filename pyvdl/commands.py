@@ -450,6 +450,10 @@ def _caption_sets(path: Path) -> dict[str, list[str]]:
 def _load(path: Path) -> tuple[VLM | DualEncoder, WordTokenizer]:
     from pyvdl.checkpoint import load_model
 
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"no saved model in {path}: name one with --model (`make demo` leaves one in demo/language/model)"
+        )
     return load_model(path)
 
 

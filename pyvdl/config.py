@@ -288,7 +288,6 @@ def demo(vocab_size: int) -> Preset:
     clip = ClipConfig(num_frames=4, sampling="uniform", short_side=68, size=64, crop="random")
     adafactor = OptimConfig(name="adafactor", peak_learning_rate=1e-3, warmup_steps=50)
     stage = TrainConfig(
-        steps=500,
         batch_size=32,
         optim=adafactor,
         clip=clip,
@@ -320,8 +319,8 @@ def demo(vocab_size: int) -> Preset:
             ),
             embed_dim=128,
         ),
-        visual=dataclasses.replace(stage, trainable=("vision", "projection")),
-        language=dataclasses.replace(stage, trainable=("language",)),
+        visual=dataclasses.replace(stage, steps=350, trainable=("vision", "projection")),
+        language=dataclasses.replace(stage, steps=400, trainable=("language",)),
         contrastive=dataclasses.replace(
             stage,
             steps=300,

@@ -55,7 +55,7 @@ from pyvdl.video import ClipLoader, ClipRequest, sample_clip
 STAGES = ("image", "visual", "language")
 TEXTS = ("alt_text", "pseudo_captions", "human_captions")
 CLIPS = 1500
-ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 400, 250, 400  # of the stand-ins for published models
+ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 400, 300, 400  # of the stand-ins for published models
 SAMPLES = 5  # captions a clip
 TOP_P, TEMPERATURE = 0.95, 0.7  # defaults of LaViLa's narrator: the paper states none
 CAPTION_LENGTH, DETAIL_LENGTH = 28, 48  # tokens

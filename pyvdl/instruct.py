@@ -107,13 +107,14 @@ def _causal(deeds: list[Deed]) -> list[Question]:
         rivals = [d for d in deeds if d.actor == deed.actor and KINDS.get(d.verb.split()[0]) == kind and d is not deed]
         appears = deed.verb == "appears"
         hidden = any(deeds.index(d) < i if appears else deeds.index(d) > i for d in rivals)
+        hidden |= any(d.actor == deed.actor and d.verb == "vanishes" for d in deeds[i + 1 :])
         if deed.verb in CONSEQUENCES and not hidden:
             answer = "it appears later" if appears else f"it {deed.verb}"
             found.append(
                 Question(question=CONSEQUENCES[deed.verb].format(actor=deed.actor), answer=answer, family="causal")
             )
     pair = [deed for deed in deeds if deed.verb.startswith("meets the ")]
-    if pair:
+    if pair and not any(deed.verb == "vanishes" for deed in deeds):
         other = pair[0].verb.removeprefix("meets the ")
         question = f"why do the {pair[0].actor} and the {other} touch at the end?"
         found.append(Question(question=question, answer="they move together", family="causal"))

@@ -30,7 +30,7 @@ from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
 
 PICTURES = 4  # told in one story; or one, of which the same is to be said
 COPY_SHARE = 0.3  # of the stories, told of one picture
-STORY_LENGTH = 72  # tokens
+STORY_LENGTH = 80  # tokens
 PROMPT_LENGTH = 8  # tokens
 CAPTION_LENGTH = 28  # tokens
 

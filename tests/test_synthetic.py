@@ -227,7 +227,6 @@ def holds(question: str, scene: Scene) -> bool:
     return next(check for phrase, check in seen.items() if phrase in question)()
 
 
-@pytest.mark.xfail(strict=True, reason="clips are asked why a sprite is bigger, smaller or touches that is gone then")
 def test_causal_questions_take_nothing_false_for_granted(scenes: list[Scene]) -> None:
     for scene in scenes:
         for question in words.questions(scene):

@@ -36,7 +36,7 @@ class Sprite:
 
     color: str
     kind: str
-    texture: int  # seeds the pattern on its surface (or picks the handwritten digit)
+    texture: int  # seeds the pattern on its surface
     x: float
     y: float
     scale: float

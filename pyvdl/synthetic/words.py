@@ -213,14 +213,14 @@ def questions(scene: Scene) -> list[Answered]:
                 if own[-1] is event:
                     question = f"why is the {names[i]} {where[event.action]} at the end?"
                     result.append(Answered(question, reason, "causal"))
-            elif event.action in ("grow", "shrink"):
+            elif event.action in ("grow", "shrink") and own[-1].action != "vanish":
                 change = "bigger" if event.action == "grow" else "smaller"
                 result.append(Answered(f"why is the {names[i]} {change} at the end?", reason, "causal"))
             elif event.action == "vanish" and own[-1] is event:
                 result.append(Answered(f"why is the {names[i]} gone at the end?", reason, "causal"))
             elif event.action == "appear" and own[0] is event:
                 result.append(Answered(f"why is the {names[i]} not there at the start?", "it appears later", "causal"))
-    if any(e.action == "meet" for e in scene.events):
+    if any(e.action == "meet" for e in scene.events) and scene.events[-1].action != "vanish":
         question = f"why do the {names[0]} and the {names[1]} touch at the end?"
         result.append(Answered(question, "they move together", "causal"))
     for sprite in scene.sprites:
