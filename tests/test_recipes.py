@@ -135,7 +135,7 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record of the manifest has the texts"):
         recipes.train([Record(key="a", video="a.mp4")], tmp_path)
-    with pytest.raises(ValueError, match="preset 'huge': expected one of toy, paper"):
+    with pytest.raises(ValueError, match="preset 'huge': expected one of toy, demo, paper"):
         recipes.train([RECORD], tmp_path, preset="huge")
     config = toy(WORDS.vocab_size)
     small = override(config.vlm, SMALL_VLM)
