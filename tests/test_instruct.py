@@ -24,7 +24,6 @@ def test_a_narrative_becomes_questions_of_all_families() -> None:
         "what does the red star do first?": "slide right",
         "what does the red star do last?": "vanish",
         "what happens after the red star slides right?": "it vanishes",
-        "why is the red star on the right at the end?": "it slides right",
         "why is the red star gone at the end?": "it vanishes",
         "what color is the star?": "red",
         "what color is the ring?": "blue",
