@@ -102,8 +102,11 @@ def inflate(
     model = DualEncoder(dataclasses.replace(image_model.config, vision=vision), rngs=rngs)
     # Copies: training donates its model's buffers, and the image model must outlive that.
     nnx.update(model, jax.tree.map(jnp.copy, nnx.state(image_model)))
-    if temporal == "zero" and num_frames > 1:
-        model.vision.temporal[...] = jnp.zeros_like(model.vision.temporal[...])
+    if num_frames > 1:
+        # A random start is of the size of the image model's own position embedding, whatever its scale.
+        drawn = model.vision.temporal[...]
+        spread = jnp.std(model.vision.position[...]) / jnp.std(drawn)
+        model.vision.temporal[...] = jnp.zeros_like(drawn) if temporal == "zero" else spread * drawn
     return model
 
 
