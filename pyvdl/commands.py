@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +72,10 @@ def probe(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> int:
+    from pyvdl.progress import reporting
     from pyvdl.synthetic import make_corpus
 
-    with _progress("prepare") as report:
+    with reporting("prepare") as report:
         corpus = make_corpus(arguments.out, num_clips=arguments.clips, seed=arguments.seed, progress=report)
     parts = (("train", corpus.train), ("unlabelled", corpus.unlabelled), ("test", corpus.test))
     print(
@@ -147,6 +147,7 @@ def train(arguments: argparse.Namespace) -> int:
 def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import caption_job, caption_records
     from pyvdl.models.vlm import VLM
+    from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
 
     records = _records(arguments.videos)
@@ -165,7 +166,7 @@ def caption(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None:
         options["prompt"] = arguments.prompt
     if arguments.out is not None:
-        with _progress("caption") as report:
+        with reporting("caption") as report:
             size = arguments.shard_size
             done = caption_job(model, tokenizer, records, arguments.out, shard_size=size, progress=report, **options)
         print(
@@ -175,7 +176,7 @@ def caption(arguments: argparse.Namespace) -> int:
         return 0
     alone = len(records) == 1 and not arguments.json
     table: list[list[Any]] = []
-    with _progress("caption", enabled=len(records) > 1) as report:
+    with reporting("caption", enabled=len(records) > 1) as report:
         for row in caption_records(model, tokenizer, records, progress=report, **options):
             if arguments.json:
                 print(row.to_json(), flush=True)
@@ -195,10 +196,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import write_whole
     from pyvdl.data import read_manifest
     from pyvdl.models.vlm import VLM
+    from pyvdl.progress import reporting
 
     records = read_manifest(arguments.data)
     model, tokenizer = _load(arguments.model)
-    with _progress("evaluate") as report:
+    with reporting("evaluate") as report:
         if isinstance(model, VLM):
             scores, failed = _vlm_scores(model, tokenizer, records, arguments, report)
         else:
@@ -282,6 +284,7 @@ def embed(arguments: argparse.Namespace) -> int:
 
     from pyvdl.evaluate import embed_videos
     from pyvdl.models.dual_encoder import DualEncoder
+    from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
 
     records = _records(arguments.data)
@@ -289,7 +292,7 @@ def embed(arguments: argparse.Namespace) -> int:
     if not isinstance(model, DualEncoder):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: embeddings need a dual encoder")
     errors = {}
-    with _progress("embed") as report:
+    with reporting("embed") as report:
         embeddings = embed_videos(
             model,
             records,
@@ -326,29 +329,6 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 # What the commands share.
-
-
-@contextmanager
-def _progress(name: str, enabled: bool = True) -> Iterator[Report]:
-    """A function to call with (done, total); the bar starts at its first call and again when the total changes."""
-    from pyvdl.progress import Progress
-
-    bar: Progress | None = None
-
-    def report(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None or bar.total != total or done < bar.done:
-            if bar is not None:
-                bar.__exit__(None, None, None)
-            bar = Progress(name, total, enabled=enabled)
-            bar.__enter__()
-        bar.advance(done - bar.done)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

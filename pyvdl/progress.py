@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -64,3 +66,24 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def reporting(name: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, total); the bar starts at its first call and again when the total changes."""
+    bar: Progress | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None or bar.total != total or done < bar.done:
+            if bar is not None:
+                bar.__exit__(None, None, None)
+            bar = Progress(name, total, enabled=enabled)
+            bar.__enter__()
+        bar.advance(done - bar.done)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
