@@ -35,9 +35,9 @@ class ViT(nnx.Module):
         self.patch = nnx.Linear(3 * config.patch_size**2, config.width, dtype=dtype, rngs=rngs)
         # Patch embeddings start with a deviation of about 1. Places that started at the usual 0.02 would drown in them,
         # and a short training would never learn where things are, let alone that they move.
-        self.position = nnx.Param(normal(0.5)(rngs.params(), (config.num_patches, config.width)))
+        self.position = nnx.Param(normal(1.0)(rngs.params(), (config.num_patches, config.width)))
         if config.num_frames > 1:
-            self.temporal = nnx.Param(normal(0.5)(rngs.params(), (config.num_frames, config.width)))
+            self.temporal = nnx.Param(normal(1.0)(rngs.params(), (config.num_frames, config.width)))
         if config.class_token:
             self.class_token = nnx.Param(normal(0.02)(rngs.params(), (config.width,)))
         make = functools.partial(Block, config.width, config.num_heads, config.mlp_dim, dtype=dtype)
