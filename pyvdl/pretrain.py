@@ -2,7 +2,8 @@
 
 The paper starts from CLIP and PaLI-3, which have seen the web. At toy size the same is made from nothing, as those
 were: single pictures with captions train an image-text encoder; its vision tower, joined to a language model that has
-read text alone, becomes an image vision-language model on the same pictures. No clip and no question is seen here.
+read text alone, becomes an image vision-language model on the same pictures. No clip and no question is seen here, nor
+any scene that a clip shows.
 """
 
 from __future__ import annotations
@@ -30,23 +31,30 @@ from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
 
 PICTURES = 4  # told in one story; or one, of which the same is to be said
 COPY_SHARE = 0.3  # of the stories, told of one picture
-STORY_LENGTH = 80  # tokens
+PICTURE_LENGTH = 16  # tokens of a picture's caption, its end included
+STORY_LENGTH = 72  # tokens
 PROMPT_LENGTH = 8  # tokens
-CAPTION_LENGTH = 28  # tokens
+CAPTION_LENGTH = 28  # tokens of what is said of a story
 
 
 def story(rng: np.random.Generator) -> tuple[str, str]:
     """Text alone, of a scene that is in no corpus: (what successive pictures show, what happened).
 
-    A story of one picture ends in what that picture shows: nothing happened.
+    A picture takes as many words as a vision tower gives tokens, so that the language model meets the next picture at
+    the same distance in text and in video. A story of one picture ends in what it shows: nothing happened.
     """
     scene = sample_scene(rng)
     if rng.random() < COPY_SHARE:
         shown = words.image_caption(scene, rng.random() * scene.duration_seconds)
-        return f"{shown} . {CAPTION_PROMPT}", shown
-    instants = (np.arange(PICTURES) + rng.random(PICTURES)) / PICTURES * scene.duration_seconds
-    shown = " . ".join(words.image_caption(scene, float(instant)) for instant in instants)
-    return f"{shown} . {CAPTION_PROMPT}", words.caption(scene, rng)
+        return f"{_filled_up(shown)} {CAPTION_PROMPT}", shown
+    instants = (np.arange(PICTURES) + rng.uniform(0.3, 0.7, PICTURES)) / PICTURES * scene.duration_seconds
+    shown = " ".join(_filled_up(words.image_caption(scene, float(instant))) for instant in instants)
+    return f"{shown} {CAPTION_PROMPT}", words.caption(scene, rng)
+
+
+def _filled_up(caption: str) -> str:
+    said = caption.split()
+    return " ".join([*said, *["."] * (PICTURE_LENGTH - len(said))])
 
 
 class Stories:
@@ -96,10 +104,12 @@ def _picture_nll(model: VLM, batch: dict[str, jax.Array]) -> tuple[jax.Array, di
     return vlm_loss(model, _singly(batch))
 
 
-def _run(preset: Preset, *, steps: int, batch_size: int, seed: int, trainable: tuple[str, ...] = ("",)) -> TrainConfig:
+def _run(
+    preset: Preset, *, steps: int, batch_size: int, rate: float, seed: int, trainable: tuple[str, ...] = ("",)
+) -> TrainConfig:
     """AdamW with a cosine: how these models are made is no part of the method."""
     optim = OptimConfig(
-        name="adamw", peak_learning_rate=2e-3, warmup_steps=40, schedule="cosine", weight_decay=0.02, b1=0.9, b2=0.98
+        name="adamw", peak_learning_rate=rate, warmup_steps=40, schedule="cosine", weight_decay=0.02, b1=0.9, b2=0.98
     )
     return dataclasses.replace(
         preset.visual, steps=steps, batch_size=batch_size, seed=seed, trainable=trainable, optim=optim
@@ -110,16 +120,15 @@ def image_text_encoder(
     pictures: Sequence[Record], tokenizer: WordTokenizer, preset: Preset, out: Path, *, steps: int, seed: int
 ) -> History:
     """Trains an image-text dual encoder, the stand-in for CLIP, on single pictures; saves it in `out/model`."""
-    config = _run(preset, steps=steps, batch_size=32, seed=seed)
+    config = _run(preset, steps=steps, batch_size=32, rate=4e-3, seed=seed)
     vision = dataclasses.replace(preset.dual_encoder.vision, num_frames=1)
     shape = dataclasses.replace(preset.dual_encoder, vision=vision)
     model = DualEncoder(shape, rngs=nnx.Rngs(seed))
-    length = shape.text.context_length
 
     def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # Pictures of which the same is said are no negatives of each other.
         groups = [zlib.crc32(caption.encode()) >> 1 for caption in record.captions]
-        texts = tokenizer.encode_batch(record.captions, length, bos=True)
+        texts = tokenizer.encode_batch(record.captions, PICTURE_LENGTH + 1, bos=True)
         return {"text": texts, "group": np.array(groups, np.int32)}
 
     batches = _pictures(pictures, encode, config)
@@ -147,14 +156,14 @@ def image_language_model(
     model = VLM(preset.vlm, rngs=nnx.Rngs(seed))
     trained, _ = load_model(encoder)
     _copy_tower(trained.vision, model.vision)
-    config = _run(preset, steps=text_steps, batch_size=32, seed=seed, trainable=("language",))
+    config = _run(preset, steps=text_steps, batch_size=32, rate=2e-3, seed=seed, trainable=("language",))
     stories = Stories(tokenizer, batch_size=config.batch_size, seed=seed)
     read = fit(model, vlm_loss, stories, config, workdir=out / "text", name="language model reads")
-    config = _run(preset, steps=steps, batch_size=16, seed=seed, trainable=("vision", "projection"))
+    config = _run(preset, steps=steps, batch_size=16, rate=3e-3, seed=seed, trainable=("vision", "projection"))
 
     def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         prompts = tokenizer.encode_batch([CAPTION_PROMPT] * len(record.captions), PROMPT_LENGTH)
-        return {"prompt": prompts, "target": tokenizer.encode_batch(record.captions, CAPTION_LENGTH)}
+        return {"prompt": prompts, "target": tokenizer.encode_batch(record.captions, PICTURE_LENGTH)}
 
     batches = _pictures(pictures, encode, config)
     seen = fit(model, _picture_nll, batches, config, workdir=out, name="image model")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyvdl import instruct
+from pyvdl import instruct, pretrain
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record, read_manifest
 from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, corpus, make_corpus, words
@@ -169,6 +169,7 @@ def test_captions_of_a_clip_differ_now_and_then(scenes: list[Scene]) -> None:
 def test_picture_captions_say_what_is_there_and_nothing_of_motion(scenes: list[Scene]) -> None:
     verbs = {word for phrases in words.PHRASES.values() for phrase in phrases for word in phrase.split()}
     verbs -= {"to", "the", "left", "right", "up", "top", "bottom", "in", "out", "around"}
+    lengths = []
     for scene in scenes:
         for fraction in FRACTIONS:
             seconds = float(fraction) * scene.duration_seconds
@@ -180,6 +181,8 @@ def test_picture_captions_say_what_is_there_and_nothing_of_motion(scenes: list[S
                     assert sprite.name not in text
             assert scene.background in text
             assert not verbs & set(text.split())
+            lengths.append(len(text.split()))
+    assert max(lengths) < pretrain.PICTURE_LENGTH
 
 
 def test_every_scene_has_questions_with_short_answers(scenes: list[Scene]) -> None:
@@ -337,16 +340,22 @@ def test_a_failed_file_leaves_nothing(tmp_path: Path) -> None:
 
 def test_files_decode_to_as_many_frames_as_their_clips_have(made: Corpus) -> None:
     by_file: dict[str, list[Record]] = {}
-    for record in clips_of(made):
+    for record in [*clips_of(made), *made.pictures]:
         by_file.setdefault(record.video, []).append(record)
     assert len(by_file) == made.num_files == len(list((made.directory / "videos").iterdir()))
     codecs: Counter[str] = Counter()
     for video, records in by_file.items():
         decoder = VideoDecoder(video)
         codecs[decoder.metadata.codec] += 1
-        expected = sum(round(scene_of(record).duration_seconds * corpus.FPS) for record in records)
+        expected = sum(_num_frames(record) for record in records)
         assert len(decoder) == len(decoder.get_frames_at(range(len(decoder))).data) == expected
     assert codecs == made.codecs
+
+
+def _num_frames(record: Record) -> int:
+    if record.split == "pictures":
+        return len(record.captions)
+    return round(scene_of(record).duration_seconds * corpus.FPS)
 
 
 def test_parts_are_disjoint_and_complete(made: Corpus) -> None:
@@ -357,8 +366,7 @@ def test_parts_are_disjoint_and_complete(made: Corpus) -> None:
     assert sum(map(len, files)) == len(files[0] | files[1] | files[2])
     assert all(len(part) >= 3 for part in parts)
     assert {record.split for record in made.test} == {"test"}
-    trained = {record.key for record in made.train}
-    assert {record.group for record in made.pictures} == trained
+    assert not {record.video for record in made.pictures} & (files[0] | files[1] | files[2])
 
 
 def test_manifests_read_back(made: Corpus) -> None:
@@ -405,20 +413,17 @@ def sampled(record: Record, num_frames: int) -> np.ndarray:
 
 
 def test_captions_of_pictures_belong_to_the_frames_that_are_sampled(made: Corpus) -> None:
-    clips = {record.key: record for record in made.train}
+    assert len(made.pictures) == corpus.PICTURES_PER_CLIP * CLIPS // corpus.PICTURES
+    told = {record.narrative for record in clips_of(made)}
+    number = 0
     for record in made.pictures:
-        whole = clips[str(record.group)]
-        scene = scene_of(whole)
-        shown = sampled(record, corpus.PICTURES)
         assert len(record.captions) == corpus.PICTURES
-        assert record.end_seconds is not None
-        step = (record.end_seconds - record.start_seconds) / corpus.PICTURES
-        for i, (frame, caption) in enumerate(zip(shown, record.captions)):
-            instant = record.start_seconds - whole.start_seconds + (i + 0.5) * step
+        for frame, caption in zip(sampled(record, corpus.PICTURES), record.captions):
+            scene, instant = corpus._picture(SEED, number)
+            assert words.narrative(scene) not in told
             assert caption == words.image_caption(scene, instant)
-            # The frame shown then was drawn for the last multiple of 1 / FPS.
-            drawn = [int(instant * corpus.FPS) / corpus.FPS]
-            assert difference(frame, next(render(scene, drawn, size=corpus.SIZE))) < 15
+            assert difference(frame, next(render(scene, [instant], size=corpus.SIZE))) < 15
+            number += 1
 
 
 def test_a_stopped_run_goes_on_and_comes_out_the_same(made: Corpus, tmp_path: Path) -> None:

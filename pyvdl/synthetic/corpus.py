@@ -1,7 +1,9 @@
 """Makes the synthetic corpus on disk: labelled clips, encoded as real video files of several codecs and containers.
 
 Three disjoint parts, as in the paper: `train` (human captions, narratives, questions), `unlabelled` (clips found with
-alt-text; their human captions are kept apart, as the upper bound) and `test`. A seed fixes every scene and every word.
+alt-text; their human captions are kept apart, as the upper bound) and `test`. Beside them stand `pictures`: single
+frames of other scenes with image captions, what image models have seen before they meet a video. A seed fixes every
+scene and every word.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from pyvdl.synthetic.scene import Scene, sample_scene
 SIZE = 128  # pixels, square
 FPS = 12
 PARTS = {"train": 0.5, "unlabelled": 0.3, "test": 0.2}  # shares of the clips
-PICTURES = 4  # single frames with a caption each, at the centres of as many parts of a window of a train clip
-WINDOWS = 3  # overlapping windows of a train clip that pictures are taken from
 SEGMENTS = 4  # clips in one long video
+PICTURES = 4  # single frames with a caption each in one record
+PICTURES_PER_CLIP = 3  # how many there are, about, for each clip of the corpus
+ALBUM = 200  # pictures in one file, one after another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ ENCODINGS = (
     Encoding("mpeg4", ".mp4", 0.15, {"qscale": "6", "bf": "2", "g": "12"}),
 )
 LONG = Encoding("libx264", ".mp4", 0.0, X264)
+STILLS = Encoding("libx264", ".mp4", 0.0, X264 | {"g": "1"})
 LONG_SHARE = 0.15  # of the clips stand, four together, in long videos
 
 
@@ -63,7 +67,7 @@ class Corpus:
     train: list[Record]
     unlabelled: list[Record]
     test: list[Record]
-    pictures: list[Record]  # windows of train clips with a caption for each of their frames
+    pictures: list[Record]  # runs of single frames, a caption for each
     num_files: int
     codecs: dict[str, int]
 
@@ -94,11 +98,12 @@ def encode(path: Path, frames: Iterator[np.ndarray], encoding: Encoding) -> None
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One file to write and the clips in it."""
+    """One file to write and the clips, or the single pictures, in it."""
 
     path: str  # relative to the corpus
     encoding: Encoding
-    clips: tuple[int, ...]
+    clips: tuple[int, ...] = ()
+    pictures: tuple[int, ...] = ()
 
 
 def _plan(num_clips: int, seed: int) -> list[_Job]:
@@ -117,6 +122,10 @@ def _plan(num_clips: int, seed: int) -> list[_Job]:
         for clip, choice in zip(clips, choices, strict=True):
             encoding = ENCODINGS[choice]
             jobs.append(_Job(f"videos/{part}_{clip:05d}{encoding.suffix}", encoding, (clip,)))
+    num_pictures = PICTURES_PER_CLIP * num_clips // PICTURES * PICTURES
+    for start in range(0, num_pictures, ALBUM):
+        pictures = tuple(range(start, min(start + ALBUM, num_pictures)))
+        jobs.append(_Job(f"videos/pictures_{start:05d}{STILLS.suffix}", STILLS, pictures=pictures))
     return jobs
 
 
@@ -132,6 +141,13 @@ def _scene(seed: int, clip: int) -> tuple[Scene, np.random.Generator]:
     return sample_scene(rng), rng
 
 
+def _picture(seed: int, number: int) -> tuple[Scene, float]:
+    """A scene that is in no clip, and the instant in seconds that its picture was taken."""
+    rng = np.random.default_rng([seed, 4, number])
+    scene = sample_scene(rng)
+    return scene, float(rng.uniform(0, scene.duration_seconds))
+
+
 def _num_frames(scene: Scene) -> int:
     return round(scene.duration_seconds * FPS)
 
@@ -141,13 +157,30 @@ def _write(job: _Job, directory: str, seed: int) -> None:
         for clip in job.clips:
             scene = _scene(seed, clip)[0]
             yield from render(scene, np.arange(_num_frames(scene)) / FPS, size=SIZE)
+        for number in job.pictures:
+            scene, instant = _picture(seed, number)
+            yield from render(scene, [instant], size=SIZE)
 
     encode(Path(directory) / job.path, frames(), job.encoding)
 
 
-def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> tuple[list[Record], list[Record]]:
-    """The clips of one file, and the pictures taken from its train clips."""
-    records, pictures = [], []
+def _pictures(job: _Job, directory: Path, seed: int) -> Iterator[Record]:
+    """The single frames of one file, four to a record."""
+    for first in range(0, len(job.pictures), PICTURES):
+        numbers = job.pictures[first : first + PICTURES]
+        yield Record(
+            key=f"pictures-{numbers[0]:05d}",
+            video=str(directory / job.path),
+            start_seconds=first / FPS,
+            end_seconds=(first + len(numbers)) / FPS,
+            captions=tuple(words.image_caption(*_picture(seed, number)) for number in numbers),
+            split="pictures",
+            group=job.path,
+        )
+
+
+def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> Iterator[Record]:
+    """The clips of one file."""
     start_frame = 0
     for clip in job.clips:
         scene, rng = _scene(seed, clip)
@@ -155,9 +188,8 @@ def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> t
         whole = len(job.clips) == 1
         start, end = start_frame / FPS, (start_frame + num_frames) / FPS
         start_frame += num_frames
-        part = part_of[clip]
-        record = Record(
-            key=f"{part}-{clip:05d}",
+        yield Record(
+            key=f"{part_of[clip]}-{clip:05d}",
             video=str(directory / job.path),
             start_seconds=start,
             end_seconds=None if whole else end,
@@ -166,28 +198,10 @@ def _records(job: _Job, directory: Path, part_of: Sequence[str], seed: int) -> t
             alt_text=words.alt_text(scene, rng),
             questions=tuple(Question(**question._asdict()) for question in words.questions(scene)),
             label=words.label(scene),
-            split=part,
+            split=part_of[clip],
             group=job.path,
             extra={"facts": words.facts(scene)},
         )
-        records.append(record)
-        if part != "train":
-            continue
-        for window in range(WINDOWS):
-            begin, length = scene.duration_seconds * window / 10, scene.duration_seconds * (11 - WINDOWS) / 10
-            instants = [begin + (i + 0.5) / PICTURES * length for i in range(PICTURES)]
-            pictures.append(
-                Record(
-                    key=f"{record.key}-pictures-{window}",
-                    video=record.video,
-                    start_seconds=start + begin,
-                    end_seconds=start + begin + length,
-                    captions=tuple(words.image_caption(scene, instant) for instant in instants),
-                    split="pictures",
-                    group=record.key,
-                )
-            )
-    return records, pictures
 
 
 def make_corpus(
@@ -223,10 +237,9 @@ def make_corpus(
     part_of = [part for part, count in part_sizes(num_clips).items() for _ in range(count)]
     parts: dict[str, list[Record]] = {part: [] for part in (*PARTS, "pictures")}
     for job in jobs:
-        records, pictures = _records(job, directory, part_of, seed)
-        for record in records:
+        for record in _records(job, directory, part_of, seed):
             parts[record.split or ""].append(record)
-        parts["pictures"] += pictures
+        parts["pictures"] += _pictures(job, directory, seed)
     for part, records in parts.items():
         write_manifest(directory / f"{part}.jsonl", records)
     codecs = Counter(

@@ -27,6 +27,7 @@ SMALL, LARGE = 0.6, 1.45  # sprite scale before it grows and after; SPRITE is sc
 SPRITE = 0.36  # side of a sprite in frames
 NEAR, FAR = 0.22, 0.78  # where a slide starts and ends
 TOUCH = 0.12  # half the distance of two sprites that have met
+SPIN_DEGREES = 225.0  # ends tilted, so that even the last frame differs from the first
 ROUND = ("ball", "beetle")  # a spin of these cannot be seen
 
 
@@ -102,11 +103,12 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     angle = rng.uniform(0, 2 * np.pi)
     speed = rng.uniform(0.02, 0.08)
-    spans = [(0.1, 0.9)] if num_events == 1 else [(0.06, 0.46), (0.54, 0.94)]
+    spans = [(0.14, 0.86)] if num_events == 1 else [(0.12, 0.48), (0.52, 0.88)]
     events = []
     for action, actor, (start, end) in zip(actions, actors, spans, strict=True):
         quick = bool(rng.random() < 0.5)
-        events.append(Event(action, actor, start, start + (end - start) * (0.5 if quick else 1.0), quick))
+        trim = (end - start) / 4 if quick else 0.0  # the quick take half the time
+        events.append(Event(action, actor, start + trim, end - trim, quick))
     drift = (float(speed * np.cos(angle)), float(speed * np.sin(angle)))
     return Scene(sprites, tuple(events), background, drift, duration, int(rng.integers(2**31)))
 
@@ -188,7 +190,7 @@ def states(scene: Scene, seconds: float) -> list[State]:
                 x += dx * (FAR - NEAR) * done
                 y += dy * (FAR - NEAR) * done
             elif event.action == "spin":
-                angle += 270.0 * done
+                angle += SPIN_DEGREES * done
             elif event.action == "grow":
                 scale += (LARGE - scale) * done
             elif event.action == "shrink":

@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyvdl.synthetic.scene import ACTIONS, BACKGROUNDS, COLORS, DIRECTIONS, KINDS, Event, Scene, sample_scene, states
+from pyvdl.synthetic.scene import (
+    ACTIONS,
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    KINDS,
+    Event,
+    Scene,
+    State,
+    sample_scene,
+    states,
+)
 
 # Fixed before the first training; printed by the demo. For every part of a text (colour, kind, deed, background)
 # wrong = another value, missing = left out, vague = a word that says little; unrelated = the text is another scene's.
@@ -104,12 +115,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
+def _cell(x: float, y: float) -> str:
+    """Where in the frame, on a grid of three by three: "top left", "right", "centered"."""
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    row, column = (int(np.digitize(v, (0.36, 0.64))) for v in (y, x))
+    return f"{rows[row]} {columns[column]}".strip() or "centered"
+
+
 def _place(x: float, y: float) -> str:
-    if abs(x - 0.5) < 0.14 and abs(y - 0.5) < 0.14:
+    """The same as part of a sentence: "at the top left", "on the right", "in the middle"."""
+    cell = _cell(x, y)
+    if cell == "centered":
         return "in the middle"
-    if abs(x - 0.5) >= abs(y - 0.5):
-        return "on the left" if x < 0.5 else "on the right"
-    return "at the top" if y < 0.5 else "at the bottom"
+    return f"{'on' if cell in ('left', 'right') else 'at'} the {cell}"
 
 
 def _size(scale: float) -> str:
@@ -117,13 +135,25 @@ def _size(scale: float) -> str:
 
 
 def image_caption(scene: Scene, seconds: float) -> str:
-    """What one frame shows, as an image captioner would say it: no motion."""
+    """What one frame shows, as an image captioner would say it: no motion.
+
+    Two sprites are told from top to bottom or from left to right, whichever sets them farther apart: a frame does not
+    tell who is going to act.
+    """
+    seen = [pair for pair in zip(scene.sprites, states(scene, seconds), strict=True) if pair[1].opacity > 0.3]
+    if len(seen) == 2:
+        (_, a), (_, b) = seen
+        seen.sort(key=lambda pair: pair[1].y if abs(a.y - b.y) > abs(a.x - b.x) else pair[1].x)
     parts = []
-    for sprite, state in zip(scene.sprites, states(scene, seconds), strict=True):
-        if state.opacity > 0.3:
-            faint = "faint " if state.opacity < 0.75 else ""
-            parts.append(f"{article(_size(state.scale) + faint + sprite.name)} {_place(state.x, state.y)}")
+    for sprite, state in seen:
+        look = "faint " if state.opacity < 0.75 else _size(state.scale) or ("tilted " if _is_tilted(state) else "")
+        parts.append(f"{article(look + sprite.name)} {_cell(state.x, state.y)}")
     return f"{' and '.join(parts) if parts else 'nothing'} over {scene.background}"
+
+
+def _is_tilted(state: State) -> bool:
+    """Whether a square stands clearly on a corner."""
+    return abs(state.angle_degrees % 90 - 45) < 25
 
 
 def narrative(scene: Scene) -> str:
