@@ -284,11 +284,11 @@ def toy(vocab_size: int) -> Preset:
 
 def demo(vocab_size: int) -> Preset:
     """What `pyvdl demo` trains: the whole method in minutes on two CPU cores, so float32 and 4 frames of 64 x 64."""
-    vision = ViTConfig(image_size=64, patch_size=16, width=128, depth=3, num_heads=4, mlp_dim=384, dtype="float32")
+    vision = ViTConfig(image_size=64, patch_size=16, width=128, depth=2, num_heads=4, mlp_dim=384, dtype="float32")
     clip = ClipConfig(num_frames=4, sampling="uniform", short_side=68, size=64, crop="random")
-    adafactor = OptimConfig(name="adafactor", peak_learning_rate=1e-3, warmup_steps=50)
+    adafactor = OptimConfig(name="adafactor", peak_learning_rate=2e-3, warmup_steps=50)
     stage = TrainConfig(
-        batch_size=32,
+        batch_size=16,
         optim=adafactor,
         clip=clip,
         log_every=25,
@@ -319,16 +319,16 @@ def demo(vocab_size: int) -> Preset:
             ),
             embed_dim=128,
         ),
-        visual=dataclasses.replace(stage, steps=350, trainable=("vision", "projection")),
-        language=dataclasses.replace(stage, steps=400, trainable=("language",)),
+        visual=dataclasses.replace(stage, steps=600, trainable=("vision", "projection")),
+        language=dataclasses.replace(stage, steps=800, trainable=("language",)),
         contrastive=dataclasses.replace(
             stage,
-            steps=300,
-            batch_size=64,
+            steps=120,
+            batch_size=48,
             optim=OptimConfig(
                 name="adamw",
                 peak_learning_rate=1e-3,
-                warmup_steps=30,
+                warmup_steps=20,
                 schedule="cosine",
                 weight_decay=0.01,
                 b1=0.9,

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from pyvdl import __version__, instruct, pretrain
-from pyvdl.caption import CaptionRow, caption_records
+from pyvdl.caption import CaptionRow, caption_job, caption_records, read_captions, write_whole
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.claims import claims, recovered_gain, verdict
 from pyvdl.config import ClipConfig, Preset, demo
@@ -42,20 +42,20 @@ from pyvdl.evaluate import (
 from pyvdl.metrics import bootstrap_interval, caption_statistics
 from pyvdl.models.dual_encoder import DualEncoder, inflate
 from pyvdl.models.vlm import VLM
-from pyvdl.progress import Progress
+from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, train
 from pyvdl.report import save_thumbnail, table, write_report
 from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus, words
 from pyvdl.synthetic.scene import COLORS, KINDS
 from pyvdl.synthetic.words import LABELS
-from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
+from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer, split_words
 from pyvdl.train import History
 from pyvdl.video import ClipLoader, ClipRequest, sample_clip
 
 STAGES = ("image", "visual", "language")
 TEXTS = ("alt_text", "pseudo_captions", "human_captions")
 CLIPS = 1500
-ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 400, 300, 400  # of the stand-ins for published models
+ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 300, 300, 400  # of the stand-ins for published models
 SAMPLES = 5  # captions a clip
 TOP_P, TEMPERATURE = 0.95, 0.7  # defaults of LaViLa's narrator: the paper states none
 CAPTION_LENGTH, DETAIL_LENGTH = 28, 48  # tokens
@@ -64,22 +64,27 @@ TEMPLATES = tuple(f"{words.article(f'{color} {kind}')} {{}}" for color in COLORS
 
 
 class Clock:
-    """Seconds spent in each phase; says on stderr what begins."""
+    """Seconds spent in each phase, those of a start that was stopped included; says on stderr what begins."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, path: Path) -> None:
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._path = path
+        self._before = sum(self.seconds.values())
         self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str, says: str) -> Iterator[None]:
         print(f"[{self.total:5.0f} s] {says}", file=sys.stderr, flush=True)
         begin = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            write_whole(self._path, [json.dumps(self.seconds)])
 
     @property
     def total(self) -> float:
-        return time.perf_counter() - self._start
+        return self._before + time.perf_counter() - self._start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +101,11 @@ class Stage:
 def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     """Runs everything below `directory`, prints the table and returns the path of the report page."""
     directory = Path(directory)
-    clock = Clock()
+    directory.mkdir(parents=True, exist_ok=True)
+    clock = Clock(directory / "seconds.json")
     with clock.phase("corpus", f"corpus: {CLIPS} clips, rendered and encoded (seed {seed})"):
-        corpus = _corpus(directory / "corpus", seed)
+        with reporting("video files") as progress:
+            corpus = make_corpus(directory / "corpus", num_clips=CLIPS, seed=seed, progress=progress)
         noise = ", ".join(f"{name} {share:.0%}" for name, share in ALT_TEXT_NOISE.items())
         print(f"alt-text noise, fixed beforehand: {noise}", file=sys.stderr)
     tokenizer = WordTokenizer.from_texts(_texts(corpus))
@@ -137,11 +144,7 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     with clock.phase("evaluate", "evaluation of the three language models on the test part"):
         stages = {name: _evaluate_stage(work[name] / "model", corpus.test, clip, seed) for name in STAGES}
     with clock.phase("caption", f"captions of the unlabelled clips, {SAMPLES} each by nucleus sampling"):
-        begin = time.perf_counter()
-        rows = _caption(
-            stages["language"].model, tokenizer, corpus.unlabelled, clip, directory / "captions.jsonl", seed
-        )
-        caption_seconds = time.perf_counter() - begin
+        rows = _caption(stages["language"].model, tokenizer, corpus.unlabelled, clip, directory / "captions", seed)
     encoders: dict[str, DualEncoder] = {}
     with clock.phase("dual_encoder", "dual encoders, three times from the same start"):
         _inflate(work["encoder"] / "model", directory / "dual_start", preset, seed)
@@ -153,6 +156,7 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     with clock.phase("evaluate", "evaluation of the three encoders"):
         dual = {text: _evaluate_encoder(encoders[text], tokenizer, corpus.test, clip, seed) for text in TEXTS}
 
+    tokens = sum(len(split_words(caption)) + 1 for row in rows for caption in row.captions)  # 1: the end
     report: dict[str, Any] = {
         "pyvdl": __version__,
         "machine": _machine(),
@@ -180,8 +184,8 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
                 "dual_encoder": float(np.mean([histories[f"dual_{text}"].wait_share for text in TEXTS])),
             },
             "caption": {
-                "clips_per_second": len(rows) / caption_seconds,
-                "tokens_per_second": sum(len(c.split()) + 1 for row in rows for c in row.captions) / caption_seconds,
+                "clips_per_second": len(rows) / clock.seconds["caption"],
+                "tokens_per_second": tokens / clock.seconds["caption"],
             },
         },
     }
@@ -190,28 +194,12 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     report["verdict"] = verdict(report["claims"])
     report["examples"] = _examples(directory, corpus.test, stages, dual, clip)
     report["seconds"] = {**clock.seconds, "total": clock.total}
-    _write_json(directory / "report.json", report)
+    write_whole(directory / "report.json", [json.dumps(report, indent=1)])
     page = write_report(report, directory)
     print(table(report))
     print(report["verdict"])
     print(f"\nreport: {page}  ({clock.total:.0f} s in all)")
     return page
-
-
-def _corpus(directory: Path, seed: int) -> Corpus:
-    bar: Progress | None = None
-
-    def advance(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = Progress("video files", total, done=done - 1).__enter__()
-        bar.advance()
-
-    try:
-        return make_corpus(directory, num_clips=CLIPS, seed=seed, progress=advance)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:
@@ -270,14 +258,16 @@ def _recall(text: str, facts: Sequence[str]) -> float:
 
 
 def _caption(
-    model: VLM, tokenizer: WordTokenizer, records: Sequence[Record], clip: ClipConfig, path: Path, seed: int
+    model: VLM, tokenizer: WordTokenizer, records: Sequence[Record], clip: ClipConfig, out: Path, seed: int
 ) -> list[CaptionRow]:
-    with Progress("clips captioned", len(records)) as bar:
-        rows = []
-        for row in caption_records(
+    with reporting("clips captioned") as report:
+        caption_job(
             model,
             tokenizer,
             records,
+            out,
+            shard_size=2 * BATCH,
+            progress=report,
             clip=clip,
             num_samples=SAMPLES,
             max_length=CAPTION_LENGTH,
@@ -285,13 +275,8 @@ def _caption(
             top_p=TOP_P,
             seed=seed,
             batch_size=BATCH,
-        ):
-            rows.append(row)
-            bar.advance()
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(row.to_json() + "\n" for row in rows))
-    os.replace(partial, path)
-    return rows
+        )
+    return list(read_captions(out))
 
 
 def _captioned(
@@ -429,9 +414,3 @@ def _thumbnails(directory: Path, record: Record, count: int, clip: ClipConfig) -
     for name, frame in zip(names, frames.data, strict=True):
         save_thumbnail(frame, directory / name)
     return names
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)

@@ -184,16 +184,21 @@ def test_page_and_examples_are_written(first: Ran) -> None:
 
 
 def test_starting_again_goes_on_from_what_is_done(first: Ran, capsys: pytest.CaptureFixture[str]) -> None:
-    """No step is trained and no file encoded again, and the scores are the same; the table is printed."""
+    """No step is trained, no file encoded, no clip captioned again; the scores are the same, the seconds add up."""
     logs = {path: path.read_bytes() for path in first.directory.rglob("metrics.jsonl")}  # they hold each step's seconds
     files = {path: path.stat().st_mtime_ns for path in first.directory.glob("corpus/videos/*")}
     assert len(logs) >= 7
     assert len(files) == first.report["corpus"]["files"]
+    captions = {path: path.stat().st_mtime_ns for path in first.directory.glob("captions/captions-*.jsonl")}
+    assert captions
+    files |= captions
     again = run(first.directory, capsys)
     assert [path.parent.name for path, content in logs.items() if path.read_bytes() != content] == []
     assert [path.name for path, time in files.items() if path.stat().st_mtime_ns != time] == []
     for part in ("vlm", "dual_encoder", "caption_statistics", "corpus", "verdict", "losses", "recovered_gain"):
         assert again.report[part] == first.report[part], part
+    for step in ("pretrain", "caption", "total"):
+        assert again.report["seconds"][step] > first.report["seconds"][step]
     for label in ("CIDEr-D", "exact match", "WUPS", "text to video R@1", "zero-shot top-1"):
         assert label in again.printed
     assert again.report["verdict"] in again.printed

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from pyvdl import progress
-from pyvdl.progress import Progress
+from pyvdl.progress import Progress, reporting
 
 
 class Terminal(io.StringIO):
@@ -54,3 +54,14 @@ def test_nothing_when_not_wanted(stream: type[io.StringIO], monkeypatch: pytest.
         bar.advance()
         bar.note("x")
     assert written.getvalue() == ""
+
+
+def test_reports_of_done_and_total(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another total is another piece of work, counted from its own start."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with reporting("evaluate") as report:
+        for done, total in ((2, 10), (9, 10), (3, 20), (20, 20)):
+            now[0] += 20.0
+            report(done, total)
+    assert capsys.readouterr().err == "evaluate 9/10\nevaluate 20/20\n"
