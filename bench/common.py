@@ -1,0 +1,130 @@
+"""What every benchmark needs: where it ran, interleaved timing, ratios, rows and tables.
+
+Contenders take turns and a ratio is the median of the ratios within each round, so that what else the machine does
+falls on all of them alike. This module imports the standard library alone: workers of other environments use it, too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one run of a job took."""
+
+    cpu_seconds: float  # user and system, of all threads of the process
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of repeated measurements."""
+
+    median: float
+    p25: float
+    p75: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        p25, median, p75 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, p25, p75)
+
+
+def measure[T](job: Callable[[], T]) -> tuple[T, Timing]:
+    """Runs the job; gives its result and its time in this process, threads included."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    result = job()
+    wall_seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return result, Timing(cpu_seconds, wall_seconds)
+
+
+def interleave(names: Sequence[str], run: Callable[[str, int], Timing], rounds: int) -> dict[str, list[Timing]]:
+    """Timings run(name, round) of each contender, one a round. They take turns; each round starts with another one."""
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % max(len(names), 1)
+        for name in [*names[first:], *names[:first]]:
+            timings[name].append(run(name, i))
+    return timings
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median of values / base, round by round."""
+    return statistics.median(value / unit for value, unit in zip(values, base, strict=True))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(math.fsum(logarithms) / len(logarithms))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Of each distribution; None where it is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def environment(packages: Iterable[str]) -> dict[str, Any]:
+    """The machine and the versions that a measurement belongs to."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": package_versions(packages),
+        "load": round(os.getloadavg()[0], 2),  # of the minute before: above 0.5 or so, the timings are doubtful
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text; the first row is the head, the first column is aligned to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(line))
+        for line in ([*zip(row, widths)] for row in rows)
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,499 @@
+"""Times pyvdl's decoder against its peers on sparse clips: `python -m bench.decode`.
+
+Every contender is a process of its own (see contenders.py): their FFmpegs do not meet, and a crash is one failure. They
+take turns at every clip, and what they deliver is held against a full decode, so that a wrong frame cannot win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import math
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from bench.common import Spread, Timing, append_rows, environment, format_table, geometric_mean, interleave, ratio
+from bench.contenders import CONTENDERS, SHORT_SIDE, SIZE, THUMB_FACTOR, Contender, Job, center, thumbnails
+from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
+
+type Clock = Literal["cpu_seconds", "wall_seconds"]
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "build" / "bench" / "peers"  # their environment
+NUM_FRAMES = 16
+BASE = "pyvdl"
+MODES = ("cases", "mixed", "batch")
+CLOCKS: dict[Clock, str] = {"cpu_seconds": "CPU time", "wall_seconds": "Wall clock"}
+TOLERANCE_LEVELS = 3.0  # mean absolute difference that other filters and roundings explain
+PATIENCE_SECONDS = 600.0  # for one reply
+BATCH_COPIES = 2  # of each clip in a batch
+
+
+class ContenderError(RuntimeError):
+    """A contender that cannot be started, or that failed at a job. The text says why."""
+
+
+class Worker:
+    """The process of one contender. `hello` is what it said of itself; it is started again after it died."""
+
+    def __init__(self, kind: type[Contender]) -> None:
+        self.name = kind.name
+        self._kind = kind
+        self._process: subprocess.Popen[str] | None = None
+        self.hello = self._start()
+
+    def _start(self) -> dict[str, Any]:
+        python = Path(sys.executable)
+        if self._kind.own_environment:
+            python = PEERS / "bin" / "python"
+        install = f"pip install {' '.join(self._kind.requirements)}"
+        if not python.exists():
+            raise ContenderError(f"not installed ({install}, or all peers: python -m bench.decode --setup)")
+        self._process = subprocess.Popen(
+            [python, "-m", "bench.contenders", self.name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        hello = self._receive()
+        if "error" in hello:
+            self.close()
+            state = "not installed" if hello["missing"] else "does not load"
+            raise ContenderError(f"{state} ({install}, or all peers: python -m bench.decode --setup): {hello['error']}")
+        return hello
+
+    def _receive(self) -> dict[str, Any]:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        timer = threading.Timer(PATIENCE_SECONDS, process.kill)
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        if not line:
+            self.close()
+            raise ContenderError(f"its process ended with code {process.returncode}")
+        return json.loads(line)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request of contenders.answer()."""
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        reply = self._receive()
+        if "error" in reply:
+            raise ContenderError(reply["error"])
+        return reply
+
+    def close(self) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.communicate()  # stdin ends, and with it the process
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a contender's frames compare with a full decode."""
+
+    right: int  # frames to which the wanted frame is the nearest of all frames
+    wanted: int
+    difference_levels: float  # mean absolute, to the wanted frames
+
+    @property
+    def good(self) -> bool:
+        return self.right == self.wanted and self.difference_levels <= TOLERANCE_LEVELS
+
+
+class Reference:
+    """Thumbnails of every frame of a file, decoded from the start to the end, in the order of their pts."""
+
+    def __init__(self, path: Path) -> None:
+        times: list[int] = []
+        pictures: list[npt.NDArray[np.uint8]] = []
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    raise ValueError(f"{path}: a frame without pts")
+                width, height = resized(frame.width, frame.height)
+                rgb = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+                pictures.append(thumbnails(center(rgb.astype(np.uint8, copy=False))[None])[0])
+                times.append(frame.pts)
+            self._frame_ticks = float(1 / (FPS * stream.time_base)) if stream.time_base else 1.0
+        self._pts = np.sort(times)
+        self._thumbnails = np.stack(pictures)[np.argsort(times)]  # uint8[N, H, W, 3]
+
+    def wanted(self, count: int) -> npt.NDArray[np.int64]:
+        """int64[count]: the frames shown at the centres of equal segments."""
+        start, end = self._pts[0], self._pts[-1] + self._frame_ticks
+        centers = start + (np.arange(count) + 0.5) / count * (end - start)
+        return np.searchsorted(self._pts, centers, side="right") - 1
+
+    def check(self, thumbs: npt.NDArray[np.uint8]) -> Check:
+        """Compares uint8[T, H, W, 3] thumbnails of the frames that a contender took for the wanted ones."""
+        wanted = self.wanted(len(thumbs))
+        right, difference = 0, 0.0
+        for thumb, number in zip(thumbs, wanted):
+            gaps = self._thumbnails - thumb.astype(np.float32)
+            difference += float(np.abs(gaps[number]).mean())
+            # Another colour matrix shifts the whole picture: that shows in the difference, not as another frame.
+            gaps -= gaps.mean((1, 2), keepdims=True)
+            right += int(np.abs(gaps).mean((1, 2, 3)).argmin() == number)
+        return Check(right, len(thumbs), difference / len(thumbs))
+
+
+def resized(width: int, height: int) -> tuple[int, int]:
+    """Width and height with SHORT_SIDE pixels on the shorter side."""
+    scale = SHORT_SIDE / min(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def job_for(case: Case, path: Path) -> Job:
+    width, height = resized(case.width, case.height)
+    frames = [int((i + 0.5) * case.num_frames / NUM_FRAMES) for i in range(NUM_FRAMES)]
+    return Job(path=str(path), frames=frames, fps=FPS, height=height, width=width)
+
+
+def check_outputs(reference: Reference, job: Job, group: dict[str, Worker]) -> dict[str, Check | str]:
+    """For each contender its check, or why it failed. It is also the warm-up."""
+    side = SIZE // THUMB_FACTOR
+    results: dict[str, Check | str] = {}
+    for name, worker in group.items():
+        try:
+            reply = worker.ask({"job": asdict(job), "thumbnails": True})
+            pixels = np.frombuffer(base64.b64decode(reply["thumbnails"]), dtype=np.uint8)
+            results[name] = reference.check(pixels.reshape(-1, side, side, 3))
+        except ContenderError as error:
+            results[name] = str(error)
+    return results
+
+
+def time_clip(worker: Worker, job: Job) -> Timing:
+    reply = worker.ask({"job": asdict(job)})
+    return Timing(reply["cpu_seconds"], reply["wall_seconds"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the tables."""
+
+    name: str
+    timings: dict[str, list[Timing]]  # of each contender, of one clip (mixed: the mean over clips), one a round
+    failures: dict[str, str]  # why others have none
+    checks: dict[str, Check]
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else is known of a contender
+
+    def values(self, name: str, clock: Clock) -> list[float]:
+        return [getattr(timing, clock) for timing in self.timings[name]]
+
+    def ratio(self, name: str, clock: Clock) -> float:
+        """How many times as long as pyvdl it takes."""
+        return ratio(self.values(name, clock), self.values(BASE, clock))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What is kept of it, one row a contender."""
+        for name in [*self.timings, *self.failures]:
+            row: dict[str, Any] = {"bench": "decode", "case": self.name, "contender": name}
+            if name in self.failures:
+                yield row | {"failure": self.failures[name]}
+                continue
+            for clock in CLOCKS:
+                row[clock] = asdict(Spread.of(self.values(name, clock)))
+                row[f"{clock}_ratio"] = self.ratio(name, clock)
+            if name in self.checks:
+                row["check"] = asdict(self.checks[name])
+            yield row | self.details.get(name, {})
+
+
+def time_case(name: str, job: Job, group: dict[str, Worker], checks: dict[str, Check | str], rounds: int) -> Line:
+    """The contenders take turns at the same clip."""
+    failures = {contender: check for contender, check in checks.items() if isinstance(check, str)}
+    good = {contender: check for contender, check in checks.items() if isinstance(check, Check)}
+    timings = interleave(list(good), lambda contender, _: time_clip(group[contender], job), rounds)
+    return Line(name, timings, failures, good)
+
+
+def time_mixed(
+    jobs: dict[str, Job], group: dict[str, Worker], checks: dict[str, dict[str, Check | str]], rounds: int
+) -> Line:
+    """Every request is for another clip than the one before. Who fails at one clip cannot do the mixture."""
+    failures: dict[str, str] = {}
+    for contender in group:
+        if failed := [name for name in jobs if isinstance(checks[name][contender], str)]:
+            failures[contender] = f"cannot decode {', '.join(failed)}"
+    able = [contender for contender in group if contender not in failures]
+    order = random.Random(0)
+    sequence = [job for _ in range(rounds) for job in order.sample(list(jobs.values()), len(jobs))]
+    turns = interleave(able, lambda contender, i: time_clip(group[contender], sequence[i]), len(sequence))
+    timings = {
+        contender: [mean_timing(taken[i : i + len(jobs)]) for i in range(0, len(taken), len(jobs))]
+        for contender, taken in turns.items()
+    }
+    return Line("mixed", timings, failures, {})
+
+
+def mean_timing(timings: Sequence[Timing]) -> Timing:
+    return Timing(
+        sum(timing.cpu_seconds for timing in timings) / len(timings),
+        sum(timing.wall_seconds for timing in timings) / len(timings),
+    )
+
+
+def time_batch(jobs: Sequence[Job], kinds: Iterable[type[Contender]], cores: int, rounds: int) -> Line:
+    """All clips at once on all cores, per clip; each contender in each of its ways to use them.
+
+    A library without a loader of its own runs as a pool of threads in one process, and as one process a core.
+    """
+    batch = sorted(jobs, key=lambda job: -len(job.frames) * job.frames[-1]) * BATCH_COPIES
+    ways: dict[str, list[Worker]] = {}
+    failures: dict[str, str] = {}
+    peaks: dict[str, int] = {}
+
+    def run(way: str, _: int) -> Timing:
+        if way in failures:
+            return Timing(math.nan, math.nan)
+        try:
+            timing, peaks[way] = run_batch(ways[way], batch, cores)
+        except ContenderError as error:
+            failures[way] = str(error)
+            return Timing(math.nan, math.nan)
+        return Timing(timing.cpu_seconds / len(batch), timing.wall_seconds / len(batch))
+
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            with contextlib.suppress(ContenderError):  # reported when the bench started
+                counts = (
+                    {kind.name: 1} if kind.has_loader else {f"{kind.name} threads": 1, f"{kind.name} processes": cores}
+                )
+                for way, count in counts.items():
+                    ways[way] = [stack.enter_context(contextlib.closing(Worker(kind))) for _ in range(count)]
+        timings = interleave(list(ways), run, rounds)
+    details = {way: {"memory_bytes": peak} for way, peak in peaks.items()}
+    return Line("batch", {way: taken for way, taken in timings.items() if way not in failures}, failures, {}, details)
+
+
+def run_batch(pool: Sequence[Worker], jobs: Sequence[Job], cores: int) -> tuple[Timing, int]:
+    """Decodes the jobs in one process with `cores` threads, or in several with one job each at a time.
+
+    Gives also how many bytes of memory the processes took at most over what they had after importing their library.
+    """
+    if len(pool) == 1:
+        reply = pool[0].ask({"jobs": [asdict(job) for job in jobs], "threads": cores})
+        if reply["failures"]:
+            raise ContenderError(f"{reply['failures']} of {len(jobs)} clips failed")
+        memory = reply["peak_memory_bytes"] - pool[0].hello["peak_memory_bytes"]
+        return Timing(reply["cpu_seconds"], reply["wall_seconds"]), memory
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work(worker: Worker) -> tuple[float, int]:
+        cpu_seconds, memory = 0.0, 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                reply = worker.ask({"job": asdict(waiting.get_nowait())})
+                cpu_seconds += reply["cpu_seconds"]
+                memory = reply["peak_memory_bytes"] - worker.hello["peak_memory_bytes"]
+        return cpu_seconds, memory
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(pool)) as threads:
+        results = list(threads.map(work, pool))
+    wall_seconds = time.perf_counter() - start
+    return Timing(sum(cpu for cpu, _ in results), wall_seconds), sum(memory for _, memory in results)
+
+
+def case_table(lines: Sequence[Line], contenders: Sequence[str], clock: Clock) -> str:
+    """Milliseconds a clip and the ratio to pyvdl; "!" marks frames that are not the wanted ones or look different."""
+    table = [["case", *contenders]]
+    for line in lines:
+        cells = [line.name]
+        for name in contenders:
+            if name in line.failures:
+                cells.append("fails")
+                continue
+            cell = f"{1000 * Spread.of(line.values(name, clock)).median:.1f}"
+            if name != BASE:
+                cell += f" {line.ratio(name, clock):5.2f}x"
+            cells.append(cell + (" " if name not in line.checks or line.checks[name].good else "!"))
+        table.append(cells)
+    single = [line for line in lines if line.checks]
+    if len(single) > 1:
+        means = ["geometric mean"]
+        for name in contenders:
+            ratios = [line.ratio(name, clock) for line in single if name in line.timings]
+            means.append(f"{geometric_mean(ratios):.2f}x " if ratios else "")
+        table.append(means)
+    return format_table(table)
+
+
+def batch_table(line: Line) -> str:
+    """One line a way of using all cores."""
+    table = [["all cores", "clips/s", "time", "CPU ms a clip", "memory MB"]]
+    for way in sorted(line.timings, key=lambda way: line.ratio(way, "wall_seconds")):
+        table.append(
+            [
+                way,
+                f"{1 / Spread.of(line.values(way, 'wall_seconds')).median:.1f}",
+                f"{line.ratio(way, 'wall_seconds'):.2f}x",
+                f"{1000 * Spread.of(line.values(way, 'cpu_seconds')).median:.0f}",
+                f"{line.details[way]['memory_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return format_table(table)
+
+
+def check_report(lines: Sequence[Line]) -> str:
+    """What the output check found, and the failures."""
+    found = [(line.name, name, check) for line in lines for name, check in line.checks.items()]
+    text = [f"Output check: {sum(check.good for _, _, check in found)} of {len(found)} agree with a full decode."]
+    for case, name, check in found:
+        if not check.good:
+            text.append(
+                f"  {case}, {name}: {check.right} of {check.wanted} frames are the wanted ones, "
+                f"mean difference to those {check.difference_levels:.1f} levels"
+            )
+    text += [f"  {line.name}, {name}: fails: {why}" for line in lines for name, why in line.failures.items()]
+    return "\n".join(text)
+
+
+def set_up_peers() -> None:
+    """Makes the peers' environment. One that cannot be installed or loaded does not keep the others away."""
+    uv = shutil.which("uv")
+    if uv:
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, PEERS], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(PEERS / "bin" / "python")]
+    else:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", PEERS], check=True)
+        install = [str(PEERS / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, "numpy"], check=True)
+    peers = [kind for kind in CONTENDERS.values() if kind.own_environment]
+    for requirements in dict.fromkeys(kind.requirements for kind in peers):
+        print(f"installing {' '.join(requirements)}", flush=True)
+        subprocess.run([*install, *requirements], check=False)
+    for kind in peers:
+        try:
+            with contextlib.closing(Worker(kind)) as worker:
+                print(f"{kind.name} {worker.hello['version']}: ready")
+        except ContenderError as error:
+            print(f"{kind.name}: {error}")
+    print("torchcodec and SPDL load the system's FFmpeg with all its libraries: apt-get install ffmpeg")
+
+
+def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Path, out: Path) -> None:
+    """The whole benchmark: prints tables, keeps rows."""
+    env = environment(["pyvdl", "av", "numpy"])
+    print(f"{env['cpu']}, {env['cores']} cores (load {env['load']}), {env['system']}, Python {env['python']}")
+    print(f"Job: {NUM_FRAMES} frames of each clip, shorter side {SHORT_SIDE}, centre crop {SIZE}, uint8 RGB.")
+    jobs: dict[str, Job] = {}
+    paths: dict[str, Path] = {}
+    for name in case_names:
+        try:
+            paths[name] = make_clip(CASES[name], corpus)
+            jobs[name] = job_for(CASES[name], paths[name])
+        except MissingEncoderError as error:
+            print(f"{name}: skipped, {error}")
+    lines: list[Line] = []
+    loaded: list[type[Contender]] = []
+    with contextlib.ExitStack() as stack:
+        group: dict[str, Worker] = {}
+        for kind in CONTENDERS.values():
+            try:
+                group[kind.name] = stack.enter_context(contextlib.closing(Worker(kind)))
+                loaded.append(kind)
+                print(f"{kind.name} {group[kind.name].hello['version']}, FFmpeg: {group[kind.name].hello['ffmpeg']}")
+            except ContenderError as error:
+                print(f"{kind.name}: {error}")
+        env["contenders"] = {name: worker.hello for name, worker in group.items()}
+        checks: dict[str, dict[str, Check | str]] = {}
+        for name, job in jobs.items():
+            progress(f"{name}: output check")
+            checks[name] = check_outputs(Reference(paths[name]), job, group)
+            if "cases" in modes:
+                progress(f"{name}: {rounds} rounds")
+                lines.append(time_case(name, job, group, checks[name], rounds))
+        if "mixed" in modes:
+            progress(f"mixed: {rounds} rounds")
+            lines.append(time_mixed(jobs, group, checks, rounds))
+    if lines:
+        for clock, title in CLOCKS.items():
+            print(f"\n{title}, ms a clip on one thread, median of {rounds} rounds, and times that of {BASE}:")
+            print(case_table(lines, [kind.name for kind in loaded], clock))
+        print(f"\n{check_report(lines)}")
+    if "batch" in modes:
+        progress(f"batch: {rounds} rounds")
+        lines.append(time_batch(list(jobs.values()), loaded, env["cores"], rounds))
+        print(f"\n{batch_table(lines[-1])}")
+        print("\n".join(f"{way}: fails: {why}" for way, why in lines[-1].failures.items()))
+    append_rows(out, (row | {"rounds": rounds, "environment": env} for line in lines for row in line.rows()))
+    print(f"rows: {out}")
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode",
+        description="Times pyvdl's decoder against its peers on sparse clips and checks everybody's frames against a "
+        "full decode. The clips are made at the first run, which takes some minutes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--setup", action="store_true", help="install the peers into build/bench/peers (several GB with torch) and stop"
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help=f"clips to decode, of {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=list(MODES),
+        help="cases: each clip by itself; mixed: another clip with every request; batch: all clips on all cores",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
+    parser.add_argument(
+        "--corpus", type=Path, default=ROOT / "build" / "bench" / "decode", help="folder in which the clips are kept"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "decode.jsonl", help="file that rows are added to"
+    )
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {options.rounds}")
+    if options.setup:
+        set_up_peers()
+    else:
+        run(options.cases, options.modes, options.rounds, options.corpus, options.out)
+
+
+if __name__ == "__main__":
+    main()

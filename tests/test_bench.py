@@ -1,0 +1,102 @@
+"""The decoder bench: its arithmetic, and that its output check tells a wrong frame from a right one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.common import Spread, Timing, environment, format_table, geometric_mean, interleave, ratio
+
+pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
+pytest.importorskip("av", reason="PyAV is not installed")
+
+from bench import decode
+from bench.contenders import CONTENDERS
+from bench.corpus import CASES, Case, make_clip
+
+CASE = Case("tiny", ".mp4", "libx264", 320, 256, seconds=2.0)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(CASE, tmp_path_factory.mktemp("bench"))
+
+
+def test_environment_names_machine_and_versions() -> None:
+    found = environment(["numpy", "no-such-package"])
+    assert found["packages"]["numpy"] == np.__version__
+    assert found["packages"]["no-such-package"] is None
+    assert found["cores"] >= 1
+    assert found["cpu"]
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine that is twice as slow in one round changes no ratio."""
+    assert ratio([2.0, 40.0, 3.0], [1.0, 20.0, 1.5]) == 2.0
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_contenders_take_turns_and_nobody_is_always_first() -> None:
+    calls: list[str] = []
+
+    def run(name: str, i: int) -> Timing:
+        calls.append(f"{name}{i}")
+        return Timing(float(i), 0.0)
+
+    timings = interleave(["a", "b"], run, 3)
+    assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert [timing.cpu_seconds for timing in timings["b"]] == [0.0, 1.0, 2.0]
+
+
+def test_table_is_aligned() -> None:
+    assert format_table([["case", "ms"], ["h264", "1.5"]]) == "case   ms\n----  ---\nh264  1.5"
+
+
+def test_every_case_wants_frames_that_it_has() -> None:
+    for case in CASES.values():
+        frames = decode.job_for(case, Path("a.mp4")).frames
+        assert len(set(frames)) == decode.NUM_FRAMES
+        assert min(frames) >= 0
+        assert max(frames) < case.num_frames
+
+
+def test_output_check_finds_a_frame_that_is_one_off(clip: Path) -> None:
+    reference = decode.Reference(clip)
+    wanted = reference.wanted(decode.NUM_FRAMES)
+    assert wanted.tolist() == decode.job_for(CASE, clip).frames
+    right = reference._thumbnails[wanted]
+    assert reference.check(right) == decode.Check(decode.NUM_FRAMES, decode.NUM_FRAMES, 0.0)
+    late = right.copy()
+    late[5] = reference._thumbnails[wanted[5] + 1]
+    found = reference.check(late)
+    assert found.right == decode.NUM_FRAMES - 1
+    assert not found.good
+    assert not reference.check(right // 2 + 60).good
+
+
+@pytest.mark.parametrize("name", ["pyvdl", "pyvdl-fast", "pyav"])
+def test_a_worker_gives_the_wanted_frames_and_its_times(name: str, clip: Path) -> None:
+    worker = decode.Worker(CONTENDERS[name])
+    try:
+        job = decode.job_for(CASE, clip)
+        check = decode.check_outputs(decode.Reference(clip), job, {name: worker})[name]
+        assert isinstance(check, decode.Check)
+        assert check.good, check
+        timing = decode.time_clip(worker, job)
+        assert timing.cpu_seconds > 0
+        assert math.isfinite(timing.wall_seconds)
+        with pytest.raises(decode.ContenderError):
+            decode.time_clip(worker, decode.job_for(CASE, clip.with_name("missing.mp4")))
+        assert decode.time_clip(worker, job).cpu_seconds > 0  # a failure does not end the worker
+    finally:
+        worker.close()
+
+
+def test_a_contender_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "PEERS", Path("no") / "such" / "environment")
+    with pytest.raises(decode.ContenderError, match=r"not installed \(pip install decord2"):
+        decode.Worker(CONTENDERS["decord2"])
