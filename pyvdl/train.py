@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 
 from pyvdl import kernels
 from pyvdl.checkpoint import Checkpointer
-from pyvdl.config import TrainConfig
+from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.optim import make_optimizer, make_schedule
 from pyvdl.progress import Progress
 from pyvdl.sharding import make_mesh, put_batch, replicate, replicated
@@ -93,7 +94,7 @@ def fit(
     nnx.update(model, params)  # lets go of the arrays that were copied
     optimizer = make_optimizer(config.optim, config.steps)
     opt_state = jax.jit(optimizer.init, out_shardings=replicated(mesh))(params)
-    train_step = _make_step(graph, loss_fn, optimizer, mesh)
+    train_step = _make_step(graph, loss_fn, config.optim, config.steps, mesh)
 
     with ExitStack() as stack:
         stack.callback(lambda: nnx.update(model, nnx.merge_state(params, rest)))
@@ -211,7 +212,10 @@ def _split(model: nnx.Module, prefixes: tuple[str, ...]) -> tuple[Any, Any, Any,
     return graph, params, frozen, rest
 
 
-def _make_step(graph: Any, loss_fn: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+@functools.lru_cache(maxsize=1)  # runs of one kind after another, as of the dual encoders, compile once
+def _make_step(graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, mesh: Mesh) -> Any:
+    optimizer = make_optimizer(optim, steps)
+
     def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, dict[str, Any]]:
         def objective(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
             model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace

@@ -118,6 +118,22 @@ def test_the_loss_falls_and_arrays_of_another_model_survive_donation() -> None:
     assert np.isfinite(np.asarray(twin(jnp.ones((1, 6))))).all()
 
 
+def test_a_second_run_of_the_same_kind_compiles_nothing() -> None:
+    traced = 0
+
+    def counted(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        nonlocal traced
+        traced += 1
+        return square_loss(model, batch)
+
+    losses = []
+    for steps, seed in ((12, 0), (12, 1), (13, 1)):  # the schedule is part of the step
+        model = Model(rngs=nnx.Rngs(seed))
+        losses.append(fit(model, counted, Source(), dataclasses.replace(CONFIG, steps=steps), progress=False).losses)
+        assert traced == (1 if steps == 12 else 2)
+    assert not np.array_equal(losses[0], losses[1])
+
+
 def test_frozen_parts_have_no_optimizer_state(tmp_path: Path) -> None:
     run(tmp_path, dataclasses.replace(CONFIG, steps=1))
     found = {}
