@@ -75,6 +75,7 @@ void ClipLoader::submit(std::vector<ClipRequest> requests) {
   job->requests = std::move(requests);
   {
     const std::lock_guard lock(mutex_);
+    if (stopping_) return;  // closed from another thread
     jobs_.push_back(std::move(job));
   }
   work_ready_.notify_all();
@@ -83,7 +84,8 @@ void ClipLoader::submit(std::vector<ClipRequest> requests) {
 std::unique_ptr<Batch> ClipLoader::next(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   const auto ready = [&] { return !jobs_.empty() && jobs_.front()->done == jobs_.front()->requests.size(); };
-  if (!batch_ready_.wait_for(lock, patience, ready)) return nullptr;
+  batch_ready_.wait_for(lock, patience, [&] { return stopping_ || ready(); });
+  if (stopping_ || !ready()) return nullptr;
   std::unique_ptr<Batch> batch = std::move(jobs_.front()->batch);
   jobs_.pop_front();
   return batch;
@@ -95,8 +97,10 @@ void ClipLoader::close() {
     stopping_ = true;
   }
   work_ready_.notify_all();
+  batch_ready_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
+  const std::lock_guard lock(mutex_);  // another thread may still be in next()
   jobs_.clear();
 }
 

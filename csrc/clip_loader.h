@@ -48,7 +48,8 @@ struct Batch {
 };
 
 // Decodes batches on its own threads. Batches come out in the order of submission, whichever clip is done first.
-// submit(), next() and close() belong to one thread; the memory behind the requests must live until its batch is out.
+// submit() and next() belong to one thread, close() may come from another: next() then returns null. The memory behind
+// the requests must live until its batch is out.
 class ClipLoader {
  public:
   ClipLoader(const ClipOptions& options, int num_threads);

@@ -85,7 +85,8 @@ FramePtr make_frame() {
 }
 
 Deadline::Deadline(std::optional<double> timeout_seconds, const std::atomic<bool>* cancelled) : cancelled_(cancelled) {
-  if (!timeout_seconds) return;
+  constexpr double kNever = 1e8;  // three years, which a clock's nanoseconds still hold
+  if (!timeout_seconds || *timeout_seconds >= kNever) return;
   timeout_seconds_ = *timeout_seconds;
   at_ = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(
                                                std::chrono::duration<double>(timeout_seconds_));

@@ -5,6 +5,7 @@ The C++ module is loaded at first use, so that `import pyvdl` and everything tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -122,6 +123,17 @@ class ClipRequest:
     start_seconds: float = 0.0  # from the first shown frame
     end_seconds: float | None = None  # None: the end of the last frame
     seed: int | None = None  # of random instants, crop, jitter and flip; None: a fresh one
+
+    def __post_init__(self) -> None:
+        """Refuses here what can be known here, so that no batch is lost to a request that cannot be meant."""
+        _name(self.source)
+        start, end = self.start_seconds, self.end_seconds
+        if not (math.isfinite(start) and start >= 0):
+            raise ValueError(f"start_seconds must be finite and not negative, it is {start!r}")
+        if end is not None and not end > start:
+            raise ValueError(f"end_seconds must be above start_seconds = {start!r}, it is {end!r}")
+        if self.seed is not None:
+            operator.index(self.seed)  # NumPy's integers, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,7 +399,8 @@ class ClipLoader(Iterator[ClipBatch]):
             # Back in the interpreter, so that Ctrl-C is heard, and a close() from another thread.
             if not self._finalizer.alive:
                 raise StopIteration
-        self._pending.popleft()
+        with contextlib.suppress(IndexError):  # a close() from another thread has emptied it
+            self._pending.popleft()
         data, errors, index = result
         return ClipBatch(
             data=data,
@@ -477,11 +490,7 @@ def _native(source: Source) -> Any:
 
 def _native_request(request: ClipRequest) -> tuple[Any, float, float | None, int]:
     start, end = request.start_seconds, request.end_seconds
-    if not (math.isfinite(start) and start >= 0):
-        raise ValueError(f"start_seconds must be finite and not negative, it is {start!r}")
-    if end is not None and not end > start:
-        raise ValueError(f"end_seconds must be above start_seconds = {start!r}, it is {end!r}")
-    seed = secrets.randbits(64) if request.seed is None else request.seed & (1 << 64) - 1
+    seed = secrets.randbits(64) if request.seed is None else operator.index(request.seed) & (1 << 64) - 1
     return _native(request.source), float(start), None if end is None else float(end), seed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import math
 import os
 import pickle
 import struct
@@ -770,3 +771,34 @@ def test_pyav_in_the_same_process(clip: Path, order: str) -> None:
             print(frames, sum(1 for _ in container.decode(video=0)))
     """)
     assert (done.returncode, done.stdout.split()) == (0, ["50", "50"]), done.stderr
+
+
+def test_a_request_that_cannot_be_meant_is_refused_when_made(clip: Path) -> None:
+    times: list[tuple[dict[str, Any], str]] = [
+        ({"start_seconds": -1.0}, "start_seconds must be finite and not negative"),
+        ({"start_seconds": 2.0, "end_seconds": 1.0}, "end_seconds must be above start_seconds"),
+    ]
+    for options, message in times:
+        with pytest.raises(ValueError, match=message):
+            ClipRequest(clip, **options)
+    with pytest.raises(TypeError):
+        ClipRequest(clip, seed=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a source is a path"):
+        ClipRequest(5)  # type: ignore[arg-type]
+
+
+def test_seeds_may_be_numpy_integers_and_timeouts_long(clip: Path) -> None:
+    options: dict[str, Any] = {"sampling": "random", "num_frames": 3, "short_side": 64, "size": 32}
+    plain = sample_clip(clip, seed=5, **options).data
+    for timeout_seconds in (1e10, math.inf):
+        seeded = sample_clip(clip, seed=np.int64(5), timeout_seconds=timeout_seconds, **options)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(seeded.data, plain)
+
+
+def test_a_loader_may_be_closed_from_another_thread(clip: Path) -> None:
+    for i in range(40):
+        loader = ClipLoader([ClipRequest(clip, seed=0)] * 12, batch_size=2, num_threads=2, prefetch=2, num_frames=2)
+        closing = threading.Timer(0.001 * i, loader.close)
+        closing.start()
+        assert sum(len(batch) for batch in loader) <= 12
+        closing.join()
