@@ -226,7 +226,7 @@ def _attention_xla(
     mask = None
     if causal or window is not None or kv_lengths is not None:
         mask = reference.attention_mask(
-            q.shape[0] if any(isinstance(x, Array) and x.ndim for x in (prefix_lengths, q_offset, kv_lengths)) else 1,
+            q.shape[0] if any(getattr(x, "ndim", 0) for x in (prefix_lengths, q_offset, kv_lengths)) else 1,
             q.shape[1],
             k.shape[1],
             causal=causal,

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,15 +83,14 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Writes what `read_manifest` reads, whole or not at all; videos below the manifest's folder become relative."""
     target = Path(path).absolute()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(_to_json(record, target.parent), ensure_ascii=False) + "\n")
         os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _parse_record(text: str, folder: Path) -> Record:

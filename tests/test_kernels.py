@@ -498,3 +498,10 @@ def test_four_devices_give_the_loss_and_gradients_of_one() -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "all equal" in run.stdout
+
+
+def test_offsets_may_be_numpy_arrays() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 2, 8)) for i in range(3))
+    wanted = attention(q, k, v, causal=True, q_offset=jnp.array([0, 1]))
+    found = attention(q, k, v, causal=True, q_offset=np.array([0, 1], np.int32))
+    np.testing.assert_array_equal(found, wanted)

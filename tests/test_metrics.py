@@ -580,3 +580,8 @@ def test_bootstrap_refuses_what_does_not_fit() -> None:
 
 def test_one_item_has_an_interval_of_no_width() -> None:
     assert bootstrap_interval([0.25]) == (0.25, 0.25)
+
+
+def test_scores_may_be_integers() -> None:
+    assert recall_at_k(np.array([[3, 1], [2, 5]]), ks=(1,)).at[1] == 1.0
+    assert recall_at_k(np.array([[1, 3], [2, 5]]), ks=(1,)).at[1] == 0.5

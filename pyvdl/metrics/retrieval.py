@@ -109,7 +109,7 @@ def _rank(scores: np.ndarray, wanted: np.ndarray, offered: np.ndarray, ks: Seque
     for start in range(0, len(scores), step):
         rows = slice(start, start + step)
         own = wanted[rows, None] == offered[None, :]
-        best = np.max(scores[rows], axis=1, keepdims=True, where=own, initial=-np.inf)
+        best = np.max(np.where(own, scores[rows], -np.inf), axis=1, keepdims=True)
         level = scores[rows] == best
         above[rows] = (scores[rows] > best).sum(1)
         equal[rows] = level.sum(1)
