@@ -224,8 +224,8 @@ def _add_training(p: Parser) -> None:
         action="append",
         default=[],
         metavar="A.B=C",
-        help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.fps=4) or of a new model "
-        "(model.vision.depth=4); again for more",
+        help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.crop=center) or of a new "
+        "model (model.vision.depth=4); again for more",
     )
 
 

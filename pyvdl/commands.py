@@ -393,9 +393,10 @@ def _records(paths: Sequence[Path]) -> list[Record]:
 
 def _check_settings(arguments: argparse.Namespace) -> None:
     """A setting that does not exist is a mistake in the command, not a failure of the job."""
-    from pyvdl.config import override, paper, toy
+    from pyvdl import config
+    from pyvdl.config import override
 
-    preset = (toy if arguments.preset == "toy" else paper)(vocab_size=8)
+    preset = getattr(config, arguments.preset)(vocab_size=8)
     run: list[str] = []
     shape: list[str] = []
     for change in arguments.set:

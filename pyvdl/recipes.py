@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from pyvdl import config as settings
-from pyvdl.caption import claim, encode_prompts
+from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record
@@ -26,7 +27,7 @@ from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
-from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
+from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 Stage = Literal["visual", "language"]
 PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
@@ -117,7 +118,11 @@ def adapt(
         encode = short_captions(tokenizer, target_length=sizes.caption_length)
     else:
         encode = instructions(tokenizer, prompt_length=sizes.prompt_length, target_length=sizes.target_length)
-    asked = {"job": f"adapt {stage}", "preset": preset, "start": None if start is None else os.fspath(start)}
+    asked = {
+        "job": f"adapt {stage}",
+        "preset": preset,
+        "start_sha256": None if start is None else model_digest(model, tokenizer),
+    }
     return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked)
 
 
@@ -134,8 +139,23 @@ def train(
     texts = [text for record in records for text in record.captions]
     model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
     encode = one_text(tokenizer, records, length=model.config.text.context_length)
-    asked = {"job": "train", "preset": preset, "start": None if start is None else os.fspath(start)}
+    asked = {
+        "job": "train",
+        "preset": preset,
+        "start_sha256": None if start is None else model_digest(model, tokenizer),
+    }
     return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked)
+
+
+def _asked(
+    job: str, preset: str, start: str | os.PathLike[str] | None, model: VLM | DualEncoder, tokenizer: WordTokenizer
+) -> dict[str, Any]:
+    """What a run is known by; the start by its weights, since a path may come to hold another model."""
+    return {
+        "job": job,
+        "preset": preset,
+        "start_sha256": None if start is None else model_digest(model, tokenizer),
+    }
 
 
 def _texts(record: Record) -> list[str]:
@@ -160,6 +180,10 @@ def _begin[M: (VLM, DualEncoder)](
     changes = list(assignments)
     of_model = [change.removeprefix("model.") for change in changes if change.startswith("model.")]
     of_run = [change for change in changes if not change.startswith("model.")]
+    for change in of_run:
+        name = change.partition("=")[0].strip()
+        if name in ("clip.num_frames", "clip.size") or (name == "clip.fps" and kind is VLM):
+            raise ValueError(f"{name} follows from the model: set it there when a new one is made (model....)")
     if start is not None:
         if of_model:
             raise ValueError(f"model.{of_model[0]}: the shape of a saved model cannot be changed")
@@ -187,10 +211,9 @@ def _run(
     out: Path,
     asked: dict[str, Any],
 ) -> History:
-    out.mkdir(parents=True, exist_ok=True)
+    check_settings(model, config)  # before the folder is claimed for them
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     shape = dataclasses.asdict(model.config)
-    claim(out / RUN_FILE, asked | {"data_sha256": _digest(records), "model": shape, "train": kept})
     batches = Batches(
         records,
         encode=encode,
@@ -200,7 +223,10 @@ def _run(
         num_threads=config.num_threads,
         prefetch=config.prefetch,
     )
-    history = fit(model, loss, batches, config, workdir=out, name=asked["job"])
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out / RUN_FILE, asked | {"data_sha256": _digest(records), "model": shape, "train": kept})
+    with closing(batches):
+        history = fit(model, loss, batches, config, workdir=out, name=asked["job"])
     save_model(out / "model", model, model.config, tokenizer)
     return history
 

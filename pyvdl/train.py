@@ -82,11 +82,10 @@ def fit(
     `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run
     writes metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes
     it save and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early,
-    FloatingPointError when the loss or the gradient is no longer finite.
+    FloatingPointError when the loss or the gradient is no longer finite, RuntimeError when not one clip of a whole log
+    interval could be used (the loss reports `failed_share`).
     """
-    for setting in ("steps", "log_every", "checkpoint_every"):
-        if getattr(config, setting) < 1:
-            raise ValueError(f"{setting}={getattr(config, setting)}: expected 1 or more")
+    check_settings(model, config)
     mesh = make_mesh()
     graph, params, frozen, rest = _split(model, config.trainable)
     params, rest = replicate(params, mesh), replicate(rest, mesh)
@@ -143,6 +142,15 @@ def fit(
         if checkpointer is not None:
             checkpointer.wait()
     return log.history()
+
+
+def check_settings(model: nnx.Module, config: TrainConfig) -> None:
+    """Raises ValueError for settings that `fit` could not run this model with."""
+    for setting in ("steps", "log_every", "checkpoint_every"):
+        if getattr(config, setting) < 1:
+            raise ValueError(f"{setting}={getattr(config, setting)}: expected 1 or more")
+    _split(model, config.trainable)
+    make_optimizer(config.optim, config.steps)
 
 
 def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -309,6 +317,11 @@ class _Log:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 at = step - len(losses) + 1 + i
                 raise FloatingPointError(f"step {at}: loss {loss}, gradient norm {norm}: expected finite numbers")
+        failed_share = float(np.mean([scalars.get("failed_share", 0.0) for scalars in fetched]))
+        if failed_share == 1.0:
+            raise RuntimeError(
+                f"step {step}: no clip of the last {len(fetched)} steps could be decoded; see the warnings"
+            )
         rate = self._timed_steps / elapsed if self._timed_steps else None
         self._timed_steps = 0
         before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
@@ -333,9 +346,10 @@ class _Log:
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint must never be ahead of the metrics
         speed = f"  {line['clips_per_second']:.1f} clips/s" if rate else ""
+        failed = f"  failed clips {failed_share:.1%}" if failed_share else ""
         return (
             f"loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  lr {line['learning_rate']:.3g}{speed}"
-            f"  wait {line['wait_share']:.1%}"
+            f"  wait {line['wait_share']:.1%}{failed}"
         )
 
     def history(self) -> History:

@@ -26,7 +26,6 @@ TINY = [
     "--set=steps=6",
     "--set=batch_size=4",
     "--set=optim.warmup_steps=2",
-    "--set=clip.num_frames=2",
     "--set=log_every=2",
 ]
 TINY_VLM = [

@@ -13,6 +13,7 @@ from pyvdl import recipes
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, override, toy
 from pyvdl.data import Question, Record
+from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, WordTokenizer
 from tests.clips import write_clip
@@ -155,3 +156,30 @@ def test_the_paper_preset_has_the_papers_figures() -> None:
     assert (paper.language.steps, paper.language.batch_size) == (10_000, 256)
     assert paper.contrastive.clip.scale_jitter == (0.9, 1.33)
     assert paper.dual_encoder.vision.num_frames * paper.dual_encoder.vision.num_patches + 1 == 1025
+
+
+def test_what_the_model_fixes_cannot_be_set_for_the_run(tmp_path: Path) -> None:
+    for setting in ("clip.num_frames=8", "clip.size=32", "clip.fps=4"):
+        with pytest.raises(ValueError, match=f"{setting.split('=')[0]} follows from the model"):
+            recipes.adapt("visual", [RECORD], tmp_path / "run", assignments=[setting])
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_cannot_run_leave_the_folder_free(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for setting, message in (
+        ("steps=0", "steps=0"),
+        ("trainable=('x',)", "names no parameter"),
+        ("batch_size=0", "batch_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes.adapt("visual", [RECORD], out, assignments=[setting])
+        assert not (out / recipes.RUN_FILE).exists()
+
+
+def test_a_run_is_known_by_the_weights_it_starts_from() -> None:
+    found = [
+        recipes._asked("train", "toy", "a/model", DualEncoder(toy(20).dual_encoder, rngs=nnx.Rngs(seed)), WORDS)
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]

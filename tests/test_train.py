@@ -330,3 +330,11 @@ def test_a_batch_of_failed_clips_alone_teaches_nothing() -> None:
 if __name__ == "__main__":
     done, _ = run(Path(sys.argv[1]), source=Source(seconds=float(sys.argv[2])))
     print("steps done", jax.device_count(), done.losses.tobytes().hex())
+
+
+def test_clips_of_which_none_can_be_decoded_end_the_run() -> None:
+    def none_ok(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return 0.0 * square_loss(model, batch)[0], {"failed_share": jnp.ones(())}
+
+    with pytest.raises(RuntimeError, match="step 4: no clip of the last 4 steps could be decoded"):
+        fit(Model(rngs=nnx.Rngs(0)), none_ok, Source(), CONFIG, progress=False)
