@@ -40,7 +40,14 @@ void sample_clip(const ClipRequest& request, const ClipOptions& options, const D
       const Orientation orientation = decoder.orientation();
       const int width = upright_width(frame.width, frame.height, orientation);
       const int height = upright_height(frame.width, frame.height, orientation);
-      converter.convert(frame, orientation, plan_view(width, height, view), slot_of(rank));
+      const View shown = plan_view(width, height, view);
+      const int64_t pixels = int64_t{shown.resized_width} * shown.resized_height;
+      if (pixels > options.decoder.limits.max_pixels) {
+        throw Error("limits", "the resized picture of " + std::to_string(shown.resized_width) + "x" +
+                                  std::to_string(shown.resized_height) +
+                                  " exceeds max_pixels = " + std::to_string(options.decoder.limits.max_pixels));
+      }
+      converter.convert(frame, orientation, shown, slot_of(rank));
       decoder.count_converted();
     });
     for (size_t i = 0; i < plan.size(); ++i) {

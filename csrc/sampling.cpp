@@ -8,6 +8,7 @@ namespace pyvdl {
 namespace {
 
 constexpr uint64_t kTimeStream = 1, kViewStream = 2;
+constexpr double kMaxSide = 1 << 16;  // pixels of a resized picture
 
 std::string number(double value) {
   char text[32];
@@ -93,7 +94,13 @@ View plan_view(int width, int height, const ViewPlan& plan) {
   View view;
   const int shorter = std::min(width, height);
   const auto scaled = [&](int side, double factor) {
-    return std::max(1, static_cast<int>(std::lround(static_cast<double>(side) * plan.short_side / shorter * factor)));
+    const double wanted = static_cast<double>(side) * plan.short_side / shorter * factor;
+    if (wanted > kMaxSide) {
+      throw SamplingError("the picture of " + std::to_string(width) + "x" + std::to_string(height) +
+                          " would be resized to a side of " + number(wanted) + " pixels, more than " +
+                          number(kMaxSide));
+    }
+    return std::max(1, static_cast<int>(std::lround(wanted)));
   };
   Random random(plan.seed, kViewStream);
   double height_factor = 1, width_factor = 1;

@@ -137,6 +137,7 @@ void VideoDecoder::scan_packets() {
   const PacketInspector inspector(parameters.codec_id,
                                   {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))});
   std::vector<IndexEntry> packets;
+  if (parameters.codec_id == AV_CODEC_ID_AV1) references_.emplace();
   int code = 0;
   for (;;) {
     deadline_.require();
@@ -153,6 +154,7 @@ void VideoDecoder::scan_packets() {
     entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
     entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
+    if (references_) references_->add({packet_->data, static_cast<size_t>(packet_->size)});
     if (packets.empty()) encoder_notes_ = inspector.encoder_notes({packet_->data, static_cast<size_t>(packet_->size)});
     packets.push_back(entry);
     if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) {
@@ -166,6 +168,7 @@ void VideoDecoder::scan_packets() {
     truncated_ |= avformat_index_get_entries_count(stream_) > static_cast<int>(packets.size());
   }
   if (packets.empty()) throw Error("read", "the video stream has no packets");
+  if (references_ && !references_->known()) references_.reset();
 
   AVRational rate = stream_->avg_frame_rate.num > 0 ? stream_->avg_frame_rate : stream_->r_frame_rate;
   int64_t usual_duration = 0;
@@ -303,11 +306,25 @@ VideoDecoder::Group VideoDecoder::next_group(std::span<const int64_t> ranks) con
 
 bool VideoDecoder::resumable(const Group& group) const {
   if (run_next_ < 0 || run_start_ > group.start || group.start > run_next_) return false;
+  if (references_) {
+    const Av1References::Marks needed = needed_by(group);
+    const size_t last = run_next_ < index_.num_packets() ? references_->frames_of(run_next_).first : needed.size();
+    for (size_t frame = references_->frames_of(run_start_).first; frame < last; ++frame) {
+      if (needed[frame] && !given_[frame]) return false;
+    }
+  }
   return std::all_of(group.ranks.begin(), group.ranks.end(), [&](int64_t rank) {
     const int64_t ordinal = index_.ordinal(rank);
     const uint8_t state = state_[static_cast<size_t>(ordinal)];
     return ordinal >= run_next_ || ((state & kGiven) && !(state & kOut));
   });
+}
+
+Av1References::Marks VideoDecoder::needed_by(const Group& group) const {
+  if (follow_) return Av1References::Marks(references_->num_frames(), 1);
+  std::vector<int64_t> ordinals;
+  for (const int64_t rank : group.ranks) ordinals.push_back(index_.ordinal(rank));
+  return references_->needed(ordinals);
 }
 
 void VideoDecoder::run_group(const Group& group, const Sink& sink) {
@@ -332,6 +349,7 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
   first_wanted_ = group.ranks.front();
   outstanding_ = static_cast<int64_t>(group.ranks.size());
   if (start >= 0) start_run(start);
+  if (references_) needed_ = needed_by(group);
   for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] |= kWanted;
   if (start < 0) receive(sink);
   bool ended = draining_;
@@ -357,6 +375,7 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
 void VideoDecoder::start_run(int64_t start) {
   avcodec_flush_buffers(codec_.get());
   std::fill(state_.begin(), state_.end(), 0);
+  if (references_) given_.assign(references_->num_frames(), 0);
   errors_.clear();
   error_text_.clear();
   take_log();
@@ -373,13 +392,37 @@ void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   const bool wanted = (state & kWanted) || (follow_ && index_.rank(ordinal) >= first_wanted_);
   if (!wanted && index_.disposable(ordinal)) return;
   // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
-  state |= kGiven;
+  if (references_ && !leave_out_unneeded(ordinal)) return;
+  if (!references_ || needed_[*references_->shown_by(ordinal)]) state |= kGiven;
   codec_->skip_loop_filter = options_.fast && !wanted ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
   packet_->pts = ordinal;  // comes back on the frame and names it
   packet_->dts = AV_NOPTS_VALUE;
   packet_->flags &= ~AV_PKT_FLAG_DISCARD;
   ++stats_.packets_sent;
   send(packet_.get(), sink);
+}
+
+// Cuts the coded frames that no wanted frame needs out of packet_; false: nothing is left of it.
+bool VideoDecoder::leave_out_unneeded(int64_t ordinal) {
+  const auto [first, last] = references_->frames_of(ordinal);
+  size_t kept = 0;
+  for (size_t frame = first; frame < last; ++frame) {
+    if (!needed_[frame]) continue;
+    given_[frame] = 1;
+    ++kept;
+  }
+  if (kept == last - first) return kept > 0;
+  if (kept == 0) return false;
+  check(av_packet_make_writable(packet_.get()), "decode", "packet");
+  auto size = static_cast<size_t>(packet_->size);
+  for (size_t frame = last; frame-- > first;) {
+    if (needed_[frame]) continue;
+    const auto [begin, end] = references_->bytes_of(frame);
+    std::memmove(packet_->data + begin, packet_->data + end, size - end);
+    size -= end - begin;
+  }
+  av_shrink_packet(packet_.get(), static_cast<int>(size));
+  return true;
 }
 
 // Gives the decoder a packet, or tells it with null that no more will come, and takes the frames it has ready.

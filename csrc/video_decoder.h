@@ -10,6 +10,7 @@
 #include "convert.h"
 #include "ffmpeg.h"
 #include "packet_index.h"
+#include "references.h"
 
 namespace pyvdl {
 
@@ -98,10 +99,12 @@ class VideoDecoder {
 
   Group next_group(std::span<const int64_t> ranks) const;
   bool resumable(const Group& group) const;
+  Av1References::Marks needed_by(const Group& group) const;
   void run_group(const Group& group, const Sink& sink);
   void attempt(const Group& group, int64_t start, const Sink& sink);
   void start_run(int64_t start);
   void feed(int64_t ordinal, const Sink& sink);
+  bool leave_out_unneeded(int64_t ordinal);
   void send(const AVPacket* packet, const Sink& sink);
   void receive(const Sink& sink);
   void note_error(int64_t ordinal, int code);
@@ -117,6 +120,7 @@ class VideoDecoder {
   PacketPtr packet_ = make_packet();
   FramePtr frame_ = make_frame();
   PacketIndex index_;
+  std::optional<Av1References> references_;
   Orientation orientation_;
   DecodeStats stats_;
   std::vector<uint8_t> encoder_notes_;
@@ -132,6 +136,8 @@ class VideoDecoder {
   std::vector<uint8_t> state_;   // by ordinal
   std::vector<int64_t> errors_;  // ordinals of packets and frames with errors
   std::string error_text_;       // of the first of them
+  Av1References::Marks needed_;  // of the group
+  Av1References::Marks given_;   // in this run
   int64_t run_start_ = 0;
   int64_t run_next_ = -1;     // ordinal to give next; -1: no run
   bool draining_ = false;     // the decoder was told that no packet follows

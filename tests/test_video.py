@@ -42,6 +42,9 @@ KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("hevc.mkv", {"codec": "libx265", "options": {"x265-params": "log-level=none:temporal-layers=3:bframes=4"}}, 0),
     ("vp9.webm", {"codec": "libvpx-vp9"}, 0),
     ("vp8.webm", {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "12"}}, 0),
+    ("av1.mp4", {"codec": "libsvtav1", "size": (96, 64), "options": {"preset": "8", "svtav1-params": "keyint=24"}}, 0),
+    ("av1_low_delay.mkv", {"codec": "libsvtav1", "size": (96, 64), "options": {"svtav1-params": "pred-struct=1"}}, 0),
+    ("av1_grain.mkv", {"codec": "libsvtav1", "size": (96, 64), "options": {"svtav1-params": "film-grain=20"}}, 0),
     ("mpeg4.avi", {"codec": "mpeg4", "b_frames": 2}, 1),
     ("mpeg4.mp4", {"codec": "mpeg4", "b_frames": 2}, 1),
     ("mpeg4_no_b.avi", {"codec": "mpeg4", "b_frames": 0}, 1),
@@ -121,6 +124,16 @@ def test_frames_that_nobody_needs_are_not_decoded(folder: Path, name: str) -> No
     assert decoder.stats["frames_decoded"] == 1, "a key frame needs no other"
     decoder.get_planes_at(59)
     assert decoder.stats["frames_decoded"] < 14, "20 frames of the last group, without disposable ones"
+
+
+def test_av1_frames_out_of_reach_of_the_wanted_ones_are_not_decoded(folder: Path) -> None:
+    path = folder / "av1_references.mp4"
+    write_clip(path, codec="libsvtav1", num_frames=97, size=(96, 64), gop=97, options={"preset": "8"})
+    wanted = decode_planes(path)
+    decoder = VideoDecoder(path)
+    assert joined(decoder.get_planes_at(90)) == wanted[90]
+    assert decoder.stats["packets_sent"] < 45, "half of the frames before it and more are of no use to it"
+    assert joined(decoder.get_planes_at(91)) == wanted[91], "what was left out for one frame is there for the next"
 
 
 @pytest.mark.parametrize(
