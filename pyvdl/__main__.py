@@ -121,7 +121,7 @@ def _parser() -> Parser:
         "pyvdl prepare --out corpus --clips 200",
     )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus")
-    p.add_argument("--clips", type=_positive, default=1500, metavar="N", help="clips in all parts (default: 1500)")
+    p.add_argument("--clips", type=_corpus_size, default=1500, metavar="N", help="clips in all parts (default: 1500)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of scenes and words (default: 0)")
 
     p = verb(
@@ -269,6 +269,8 @@ def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: s
 _positive = _number(int, lambda value: value > 0, "a whole number above 0")
 _unsigned = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 _non_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+# Fewer leave a part of the corpus empty; make_corpus refuses them too.
+_corpus_size = _number(int, lambda value: value >= 10, "a whole number of at least 10, clips for all three parts")
 _share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 

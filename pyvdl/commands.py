@@ -392,22 +392,16 @@ def _records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _check_settings(arguments: argparse.Namespace) -> None:
-    """A setting that does not exist is a mistake in the command, not a failure of the job."""
+    """A setting that does not exist or cannot be meant is a mistake in the command, not a failure of the job."""
     from pyvdl import config
-    from pyvdl.config import override
+    from pyvdl.config import override_training
 
     preset = getattr(config, arguments.preset)(vocab_size=8)
-    run: list[str] = []
-    shape: list[str] = []
-    for change in arguments.set:
-        (shape if change.startswith("model.") else run).append(change.removeprefix("model."))
     try:
         if arguments.verb == "train":
-            override(preset.contrastive, run)
-            override(preset.dual_encoder, shape)
+            override_training(preset.contrastive, preset.dual_encoder, arguments.set)
         else:
-            override(preset.visual, run)
-            override(preset.vlm, shape)
+            override_training(preset.visual, preset.vlm, arguments.set)
     except ValueError as error:
         raise UsageError(f"--set {error}") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -40,12 +41,11 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "num_frames")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,14 @@ class T5Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 1, "vocab_size", "width", "encoder_layers", "decoder_layers", "num_heads", "head_dim", "mlp_dim"
+        )
+        _at_least(self, 4, "num_buckets")  # exact and far ones, before and after
+        if self.max_distance <= self.num_buckets // 2:  # the exact distances of the causal side
+            raise ValueError(f"max_distance must be above num_buckets / 2, not {self.max_distance}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig:
@@ -74,6 +82,10 @@ class VLMConfig:
     language: T5Config = field(default_factory=T5Config)
     num_frames: int = 8  # section 4.1
     fps: float = 2.0  # section 4.1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_frames")
+        _above(self, 0, "fps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,12 @@ class TextTowerConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "vocab_size", "width", "depth", "num_heads", "mlp_dim")
+        _at_least(self, 2, "context_length")  # beginning and end of a text
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DualEncoderConfig:
@@ -97,6 +115,9 @@ class DualEncoderConfig:
     vision: ViTConfig = field(default_factory=lambda: ViTConfig(num_frames=4, class_token=True))
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     embed_dim: int = 768
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "embed_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +134,15 @@ class OptimConfig:
     decay_exponent: float = 0.8  # Adafactor's second-moment decay is min(b2, 1 - t**-decay_exponent)
     clip_norm: float | None = 1.0  # global gradient norm
 
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "peak_learning_rate", "warmup_steps", "weight_decay")
+        _above(self, 0, "decay_exponent")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.clip_norm is not None:
+            _above(self, 0, "clip_norm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
@@ -126,6 +156,14 @@ class ClipConfig:
     crop: Literal["center", "random"] = "center"
     scale_jitter: tuple[float, float] | None = None  # height and width scaled by independent factors
     short_clip: Literal["repeat_last", "loop", "error"] = "repeat_last"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_frames", "short_side", "size")
+        _above(self, 0, "fps")
+        if self.size > self.short_side:
+            raise ValueError(f"short_side {self.short_side} is below size {self.size}: there is nothing to cut it from")
+        if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1] < math.inf:
+            raise ValueError(f"scale_jitter must be (low, high) with 0 < low <= high, not {self.scale_jitter}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,41 +182,105 @@ class TrainConfig:
     num_threads: int = 2  # decoding threads of this process
     prefetch: int = 2  # batches decoded ahead
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_threads")
+        _at_least(self, 0, "seed", "prefetch")
+        if not self.trainable:
+            raise ValueError("trainable must hold at least one prefix, not ()")
+        if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optim.warmup_steps must be below steps = {self.steps} with the cosine schedule, "
+                f"not {self.optim.warmup_steps}"
+            )
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be at least {least} and finite, not {getattr(config, name)}")
+
+
+def _above(config: Any, bound: int, *names: str) -> None:
+    for name in names:
+        if not bound < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be above {bound} and finite, not {getattr(config, name)}")
+
 
 def override[T](config: T, assignments: Iterable[str]) -> T:
-    """Returns `config` with `path.to.field=value` assignments applied.
+    """Returns `config` with `path.to.field=value` assignments applied, all at once: their order does not matter.
 
     Values are read as Python literals and fall back to plain strings. Raises ValueError naming the unknown field and
-    the fields there are, or the value and the type wanted.
+    the fields there are, or the value and what is wanted.
     """
+    changes: dict[str, Any] = {}  # nested as the settings are
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"override {assignment!r} has no '='; write path.to.field=value")
-        config = _set(config, path.strip().split("."), text.strip(), path)
-    return config
+        _read(config, path.strip(), text.strip(), changes)
+    return _changed(config, changes, "")
 
 
-def _set(config: Any, path: list[str], text: str, full: str) -> Any:
-    fields = {f.name for f in dataclasses.fields(config)}
-    if path[0] not in fields:
-        raise ValueError(f"unknown setting {full!r}: {type(config).__name__} has {', '.join(sorted(fields))}")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise ValueError(f"unknown setting {full!r}: {path[0]!r} has no fields of its own")
-        return dataclasses.replace(config, **{path[0]: _set(current, path[1:], text, full)})
-    if dataclasses.is_dataclass(current):
-        raise ValueError(f"{full!r} is a group of settings; set one of its fields")
+@dataclass(frozen=True, kw_only=True)
+class _NewModel:
+    """Gives the settings of a model the name they have in assignments."""
+
+    model: Any
+
+
+def override_training[M: (VLMConfig, DualEncoderConfig)](
+    config: TrainConfig, model: M, assignments: Iterable[str]
+) -> tuple[TrainConfig, M]:
+    """Applies the assignments of a training: those of `model.path.to.field` to a new model, the others to the run."""
+    changes = list(assignments)
+    for change in changes:
+        name = change.partition("=")[0].strip()
+        if name in ("clip.num_frames", "clip.size") or (name == "clip.fps" and isinstance(model, VLMConfig)):
+            raise ValueError(f"{name} follows from the model: set it there when a new one is made (model....)")
+    run = override(config, [change for change in changes if not change.startswith("model.")])
+    made = override(_NewModel(model=model), [change for change in changes if change.startswith("model.")])
+    return run, made.model
+
+
+def _read(config: Any, path: str, text: str, changes: dict[str, Any]) -> None:
+    """Puts the value of one assignment where it belongs in `changes`."""
+    *groups, name = path.split(".")
+    for group in groups:
+        _check_known(config, group, path)
+        config = getattr(config, group)
+        if not dataclasses.is_dataclass(config):
+            raise ValueError(f"unknown setting {path!r}: {group!r} has no fields of its own")
+        changes = changes.setdefault(group, {})
+    _check_known(config, name, path)
+    if dataclasses.is_dataclass(getattr(config, name)):
+        raise ValueError(f"{path!r} is a group of settings; set one of its fields")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    hint = typing.get_type_hints(type(config))[path[0]]
+    hint = typing.get_type_hints(type(config))[name]
     if not _fits(value, hint):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise ValueError(f"{full} must be {wanted}, not {text!r}")
-    return dataclasses.replace(config, **{path[0]: float(value) if hint is float else value})
+        raise ValueError(f"{path} must be {wanted}, not {text!r}")
+    changes[name] = float(value) if hint is float else value
+
+
+def _check_known(config: Any, name: str, path: str) -> None:
+    fields = {f.name for f in dataclasses.fields(config)}
+    if name not in fields:
+        raise ValueError(f"unknown setting {path!r}: {type(config).__name__} has {', '.join(sorted(fields))}")
+
+
+def _changed(config: Any, changes: dict[str, Any], path: str) -> Any:
+    """`config` with nested `changes`; what a group refuses is told with the path to the group."""
+    values = {
+        name: _changed(getattr(config, name), value, f"{path}{name}.") if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    try:
+        return dataclasses.replace(config, **values)
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:

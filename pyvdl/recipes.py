@@ -118,11 +118,7 @@ def adapt(
         encode = short_captions(tokenizer, target_length=sizes.caption_length)
     else:
         encode = instructions(tokenizer, prompt_length=sizes.prompt_length, target_length=sizes.target_length)
-    asked = {
-        "job": f"adapt {stage}",
-        "preset": preset,
-        "start_sha256": None if start is None else model_digest(model, tokenizer),
-    }
+    asked = _asked(f"adapt {stage}", preset, start, model, tokenizer)
     return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked)
 
 
@@ -139,11 +135,7 @@ def train(
     texts = [text for record in records for text in record.captions]
     model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
     encode = one_text(tokenizer, records, length=model.config.text.context_length)
-    asked = {
-        "job": "train",
-        "preset": preset,
-        "start_sha256": None if start is None else model_digest(model, tokenizer),
-    }
+    asked = _asked("train", preset, start, model, tokenizer)
     return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked)
 
 
@@ -178,26 +170,21 @@ def _begin[M: (VLM, DualEncoder)](
     if not texts:
         raise ValueError("no record of the manifest has the texts this training needs")
     changes = list(assignments)
-    of_model = [change.removeprefix("model.") for change in changes if change.startswith("model.")]
-    of_run = [change for change in changes if not change.startswith("model.")]
-    for change in of_run:
-        name = change.partition("=")[0].strip()
-        if name in ("clip.num_frames", "clip.size") or (name == "clip.fps" and kind is VLM):
-            raise ValueError(f"{name} follows from the model: set it there when a new one is made (model....)")
+    saved: M | None = None
     if start is not None:
-        if of_model:
-            raise ValueError(f"model.{of_model[0]}: the shape of a saved model cannot be changed")
+        for change in changes:
+            if change.startswith("model."):
+                raise ValueError(f"{change}: the shape of a saved model cannot be changed")
         found, tokenizer = load_model(start)
         if not isinstance(found, kind):
             raise ValueError(f"{os.fspath(start)} holds a {type(found).__name__}, not a {kind.__name__}")
-        model, sizes = found, PRESETS[preset](tokenizer.vocab_size)
-        config = settings.override(recipe(sizes), of_run)
+        saved = found
     else:
         tokenizer = WordTokenizer.from_texts(texts)
-        sizes = PRESETS[preset](tokenizer.vocab_size)
-        config = settings.override(recipe(sizes), of_run)
-        shape: Any = sizes.vlm if kind is VLM else sizes.dual_encoder
-        model = kind(settings.override(shape, of_model), rngs=nnx.Rngs(config.seed))
+    sizes = PRESETS[preset](tokenizer.vocab_size)
+    shape: Any = sizes.vlm if kind is VLM else sizes.dual_encoder
+    config, shape = settings.override_training(recipe(sizes), shape, changes)
+    model = kind(shape, rngs=nnx.Rngs(config.seed)) if saved is None else saved
     return model, tokenizer, sizes, dataclasses.replace(config, clip=model_clip(model.config, config.clip))
 
 

@@ -146,9 +146,6 @@ def fit(
 
 def check_settings(model: nnx.Module, config: TrainConfig) -> None:
     """Raises ValueError for settings that `fit` could not run this model with."""
-    for setting in ("steps", "log_every", "checkpoint_every"):
-        if getattr(config, setting) < 1:
-            raise ValueError(f"{setting}={getattr(config, setting)}: expected 1 or more")
     _split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
 
@@ -209,8 +206,6 @@ def _split(model: nnx.Module, prefixes: tuple[str, ...]) -> tuple[Any, Any, Any,
     for prefix, parts in zip(prefixes, wanted):
         if not any(path[: len(parts)] == parts for path in paths):
             raise ValueError(f"trainable={prefix!r} names no parameter; the model has {sorted({p[0] for p in paths})}")
-    if not wanted:
-        raise ValueError("trainable=(): expected at least one prefix")
 
     def accepts(path: tuple[Any, ...], value: Any) -> bool:
         names = tuple(map(str, path))

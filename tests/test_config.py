@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pyvdl.config import Preset, TrainConfig, ViTConfig, override, paper, toy
+from pyvdl.config import (
+    Preset,
+    TextTowerConfig,
+    TrainConfig,
+    ViTConfig,
+    VLMConfig,
+    override,
+    override_training,
+    paper,
+    toy,
+)
 
 
 def test_overrides_reach_nested_fields_and_leave_the_rest() -> None:
@@ -56,6 +66,42 @@ def test_a_wrong_override_names_what_is_wanted(assignment: str, says: str) -> No
 def test_an_override_cannot_make_an_impossible_model() -> None:
     with pytest.raises(ValueError, match="image_size 100 is not a multiple of patch_size 14"):
         override(ViTConfig(), ["image_size=100"])
+    assert override(ViTConfig(), ["image_size=100", "patch_size=10"]).num_patches == 100
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("steps=-1", "steps must be at least 1 and finite, not -1"),
+        ("batch_size=0", "batch_size must be at least 1"),
+        ("seed=-1", "seed must be at least 0"),
+        ("trainable=()", "trainable must hold"),
+        ("optim.warmup_steps=-5", r"optim\.warmup_steps must be at least 0"),
+        ("optim.peak_learning_rate=1e400", r"optim\.peak_learning_rate must be .*finite, not inf"),
+        ("optim.b1=1", r"optim\.b1 must be"),
+        ("optim.b2=-0.1", r"optim\.b2 must be"),
+        ("optim.clip_norm=0", r"optim\.clip_norm must be above 0"),
+        ("optim.schedule=cosine", r"optim\.warmup_steps must be below steps = 100"),
+        ("clip.short_side=100", r"clip\.short_side 100 is below size 224"),
+        ("clip.scale_jitter=(2,1)", r"clip\.scale_jitter must be .*not \(2, 1\)"),
+        ("model.num_frames=0", r"model\.num_frames must be at least 1"),
+        ("model.vision.depth=0", r"model\.vision\.depth must be at least 1"),
+        ("model.language.head_dim=0", r"model\.language\.head_dim must be"),
+        ("model.language.num_buckets=2", r"model\.language\.num_buckets must be at least 4"),
+        ("model.language.max_distance=16", r"model\.language\.max_distance must be above"),
+        ("clip.fps=3", r"clip\.fps follows from the model"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_path(assignment: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        override_training(TrainConfig(steps=100), VLMConfig(), [assignment])
+
+
+def test_ranges_of_a_text_tower() -> None:
+    with pytest.raises(ValueError, match="context_length must be at least 2"):
+        TextTowerConfig(context_length=1)
+    with pytest.raises(ValueError, match="width 768 is not a multiple of num_heads 5"):
+        TextTowerConfig(num_heads=5)
 
 
 @pytest.mark.parametrize("preset", [toy(50), paper(50)], ids=["toy", "paper"])

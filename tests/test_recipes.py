@@ -168,9 +168,9 @@ def test_what_the_model_fixes_cannot_be_set_for_the_run(tmp_path: Path) -> None:
 def test_settings_that_cannot_run_leave_the_folder_free(tmp_path: Path) -> None:
     out = tmp_path / "run"
     for setting, message in (
-        ("steps=0", "steps=0"),
+        ("steps=0", "steps must be at least 1"),
         ("trainable=('x',)", "names no parameter"),
-        ("batch_size=0", "batch_size=0"),
+        ("batch_size=0", "batch_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             recipes.adapt("visual", [RECORD], out, assignments=[setting])
