@@ -264,7 +264,14 @@ def claim(path: Path, recipe: dict[str, Any]) -> None:
     if not path.exists():
         write_whole(path, [json.dumps(recipe, indent=1) + "\n"])
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} is damaged: nobody knows what this folder holds; choose another folder, or delete this one"
+        )
     changed = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
     if changed:
         differences = "; ".join(f"{name} was {found.get(name)!r}, now {recipe.get(name)!r}" for name in changed)

@@ -26,6 +26,7 @@ from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import WordTokenizer
 
+_REMEDY = "run what saved the model again, or name another model"
 _CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEncoderConfig}
 
 
@@ -155,32 +156,45 @@ def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, WordTok
         )
     )
     with ocp.StandardCheckpointer() as reader:
-        restored = reader.restore(source / "params", _abstract(state))
+        try:
+            restored = reader.restore(source / "params", _abstract(state))
+        except Exception as error:  # Orbax lets through whatever its parts raise, plain Exceptions too
+            first = str(error).strip().partition("\n")[0][:200]
+            raise ValueError(f"{source / 'params'} cannot be read ({first}): {_REMEDY}") from error
     return nnx.merge(graph, _unflatten(restored, state)), WordTokenizer.load(source / "tokenizer.json")
 
 
 def load_config(path: str | os.PathLike[str]) -> VLMConfig | DualEncoderConfig:
     """Reads only the settings of a saved model."""
     source = Path(path) / "config.json"
-    found = json.loads(source.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("class") not in _CONFIGS:
-        raise ValueError(f"{source}: expected an object whose class is one of {', '.join(_CONFIGS)}")
-    return _from_dict(_CONFIGS[found["class"]], found["config"], str(source))
+    try:
+        found = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged, it is not JSON ({error}): {_REMEDY}") from None
+    name = found.get("class") if isinstance(found, dict) else None
+    kind = _CONFIGS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"{source}: expected an object whose class is one of {', '.join(_CONFIGS)}; {_REMEDY}")
+    return _from_dict(kind, found.get("config"), str(source))
 
 
-def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
+def _from_dict(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is damaged, it has no settings of a {kind.__name__}: {_REMEDY}")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(
             f"{where}: unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(hints))}"
         )
-    return kind(
-        **{
-            name: _from_dict(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
-            for name, value in values.items()
-        }
-    )
+    read = {
+        name: _from_dict(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+    try:
+        return kind(**read)
+    except (TypeError, ValueError) as error:  # a text where a number should be, a number out of range
+        raise ValueError(f"{where} is damaged ({error}): {_REMEDY}") from None
 
 
 def _replace_directory(temporary: Path, target: Path) -> None:

@@ -348,8 +348,11 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _print_training(out: Path, history: History) -> None:
-    last = f"{history.losses[-1]:.6f}" if len(history.losses) else "none"
-    print(f"{out / 'model'}: step {int(history.steps[-1])}, loss {last}, waited for data {history.wait_share:.1%}")
+    if not len(history.steps):  # a run finished before, whose metrics.jsonl is gone
+        print(f"{out / 'model'}: all steps done before; {out / 'metrics.jsonl'} does not tell of them")
+        return
+    step, loss = int(history.steps[-1]), float(history.losses[-1])
+    print(f"{out / 'model'}: step {step}, loss {loss:.6f}, waited for data {history.wait_share:.1%}")
 
 
 def _versions() -> dict[str, str]:

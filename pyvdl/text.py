@@ -102,7 +102,14 @@ class WordTokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads what `save` wrote."""
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        remedy = "copy the file again from where the words were made, or save the model again"
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is damaged, it is not JSON ({error}): {remedy}") from None
         if not isinstance(found, dict) or found.get("format") != "pyvdl-word-tokenizer":
-            raise ValueError(f"{os.fspath(path)}: expected a JSON object with format 'pyvdl-word-tokenizer'")
-        return cls(found["words"])
+            raise ValueError(f"{os.fspath(path)}: expected a JSON object with format 'pyvdl-word-tokenizer'; {remedy}")
+        words = found.get("words")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f'{os.fspath(path)} is damaged, its "words" are no list of strings: {remedy}')
+        return cls(words)

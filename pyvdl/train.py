@@ -34,6 +34,8 @@ from pyvdl.text import PAD_ID
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
+# What a later run reads of a line of metrics.jsonl.
+_LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
 _HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
 
 
@@ -370,10 +372,15 @@ def _keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except json.JSONDecodeError:
             if number == len(texts):
                 break  # cut short by a crash
-            raise ValueError(f"{path}:{number}: expected one JSON object") from error
+            line = None
+        if not isinstance(line, dict) or not line.keys() >= _LINE_KEYS:
+            raise ValueError(
+                f"{path}:{number}: expected one JSON object with {', '.join(sorted(_LINE_KEYS))}; "
+                "delete the file to go on without this history"
+            )
         if line["step"] <= last_step:
             kept.append(line)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -234,6 +234,13 @@ def test_another_job_in_the_same_folder_is_refused(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("text", ["[]", '{"job": "tra', ""])
+def test_a_damaged_recipe_of_a_job_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged.*choose another folder"):
+        caption.claim(tmp_path / "run.json", {"job": "train"})
+
+
 def row(key: str, **changes: Any) -> CaptionRow:
     fields: dict[str, Any] = dict(
         key=key, video="v.mp4", start_seconds=0.0, end_seconds=None, captions=["a ball"], log_probs=[-1.0]

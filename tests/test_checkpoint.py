@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyvdl.checkpoint import Checkpointer, load_model, save_model
+from pyvdl.checkpoint import Checkpointer, load_config, load_model, save_model
 from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
@@ -195,6 +196,33 @@ def test_what_is_no_saved_model_is_named(tmp_path: Path) -> None:
     config.write_text(json.dumps({**found, "config": {**found["config"], "frames": 3}}))
     with pytest.raises(ValueError, match="unknown settings frames; VLMConfig has fps, language, num_frames, vision"):
         load_model(tmp_path / "model")
+
+
+def test_damaged_parameters_are_one_error_that_names_them(tmp_path: Path) -> None:
+    model = vlm()
+    save_model(tmp_path, model, model.config, TOKENIZER)
+    (written,) = (tmp_path / "params").glob("ocdbt.process_*")
+    shutil.rmtree(written)
+    with pytest.raises(ValueError, match=r"params cannot be read.*name another model"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"class": []}',
+        '{"class": "VLMConfig"',
+        '{"class": "VLMConfig"}',
+        '{"class": "VLMConfig", "config": {"vision": 3}}',
+        '{"class": "VLMConfig", "config": {"num_frames": "two"}}',
+        '{"class": "VLMConfig", "config": {"vision": {"depth": 0}}}',
+    ],
+)
+def test_damaged_settings_are_one_error_that_names_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json.*name another model"):
+        load_config(tmp_path)
 
 
 def big(value: int) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ import pytest
 
 import pyvdl
 from pyvdl.__main__ import main
+from pyvdl.commands import _print_training
 
 VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "train", "evaluate", "embed", "stats")
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,6 +294,14 @@ def test_captions_of_a_job_train_the_dual_encoder(
     code, _, err = run("train", *data, "--model", dual, "--out", out, *TINY, "--set=seed=3")
     assert code == 1
     assert "another job" in err
+
+
+def test_a_finished_run_without_its_history_still_says_where_the_model_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from pyvdl.train import History
+
+    none = np.zeros(0, np.float32)
+    _print_training(Path("run"), History(none.astype(np.int64), none, none, 0.0, 0.0, 0.0))
+    assert "run/model: all steps done before" in capsys.readouterr().out
 
 
 def test_evaluate_a_vlm(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> None:

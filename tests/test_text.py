@@ -83,6 +83,10 @@ def test_save_and_load(tokenizer: WordTokenizer, tmp_path) -> None:
     path.write_text(json.dumps({"words": ["a"]}))
     with pytest.raises(ValueError, match="pyvdl-word-tokenizer"):
         WordTokenizer.load(path)
+    for damaged in ("{", '{"format": "pyvdl-word-tokenizer"}', '{"format": "pyvdl-word-tokenizer", "words": [1]}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"words\.json is damaged"):
+            WordTokenizer.load(path)
     with pytest.raises(FileNotFoundError):
         tokenizer.save(tmp_path / "absent" / "words.json")
 

@@ -184,6 +184,12 @@ def test_metrics_have_every_log_step_once(uninterrupted: tuple[History, dict[str
     assert line["clips_per_second"] == pytest.approx(8 * line["steps_per_second"])
 
 
+def test_a_damaged_history_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected .*losses.*delete the file"):
+        run(tmp_path)
+
+
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_resume_gives_the_same_bits(at: int, uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
     """The run ends after `at` batches by an error of its data; steps since the checkpoint are done again."""
