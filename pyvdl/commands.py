@@ -91,6 +91,7 @@ def instruct(arguments: argparse.Namespace) -> int:
     from pyvdl import instruct as templates
     from pyvdl.data import read_manifest, write_manifest
 
+    _make_way(arguments.out)
     asked = [
         dataclasses.replace(record, questions=tuple(templates.generate(record.narrative)))
         for record in read_manifest(arguments.data)
@@ -199,6 +200,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from pyvdl.progress import reporting
 
     records = read_manifest(arguments.data)
+    if arguments.out is not None:
+        _make_way(arguments.out)
     model, tokenizer = _load(arguments.model)
     with reporting("evaluate") as report:
         if isinstance(model, VLM):
@@ -288,6 +291,7 @@ def embed(arguments: argparse.Namespace) -> int:
     from pyvdl.recipes import model_clip
 
     records = _records(arguments.data)
+    _make_way(arguments.out)
     model, _ = _load(arguments.model)
     if not isinstance(model, DualEncoder):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: embeddings need a dual encoder")
@@ -329,6 +333,13 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 # What the commands share.
+
+
+def _make_way(out: Path) -> None:
+    """Makes the folder of the file to write, or fails, before the work whose result would be lost."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder: name a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

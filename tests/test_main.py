@@ -231,7 +231,9 @@ def test_a_folder_without_videos_is_told(run: Run, tmp_path: Path) -> None:
 
 
 def test_instruct_writes_questions_of_three_families(run: Run, corpus: Path, tmp_path: Path) -> None:
-    out_file = tmp_path / "instructions.jsonl"
+    code, _, err = run("instruct", "--data", corpus / "train.jsonl", "--out", tmp_path)
+    assert (code, "is a folder" in err) == (2, True)
+    out_file = tmp_path / "new" / "instructions.jsonl"
     code, out, _ = run("instruct", "--data", corpus / "train.jsonl", "--out", out_file)
     assert code == 0
     rows = [json.loads(line) for line in out_file.read_text().splitlines()]
@@ -305,9 +307,10 @@ def test_a_finished_run_without_its_history_still_says_where_the_model_is(capsys
 
 
 def test_evaluate_a_vlm(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> None:
-    code, out, _ = run("evaluate", "--model", vlm, "--data", corpus / "test.jsonl", "--out", tmp_path / "scores.json")
+    wanted = tmp_path / "new" / "scores.json"
+    code, out, _ = run("evaluate", "--model", vlm, "--data", corpus / "test.jsonl", "--out", wanted)
     assert code == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads(wanted.read_text())
     assert set(scores["scores"]) == {"CIDEr-D", "exact match", "exact match, lower and strip", "WUPS"}
     assert all(name in out for name in scores["scores"])
     assert all(score["low"] <= score["value"] <= score["high"] for score in scores["scores"].values())
@@ -319,13 +322,14 @@ def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Pa
     assert code == 0
     assert all(f"{way} R@{k}" in out for way in ("text to video", "video to text") for k in (1, 5, 10))
     assert "zero-shot top-5" in out
-    code, out, _ = run("embed", "--model", dual, "--data", corpus / "test.jsonl", "--out", tmp_path / "test.npz")
+    wanted = tmp_path / "new" / "test.npz"
+    code, out, _ = run("embed", "--model", dual, "--data", corpus / "test.jsonl", "--out", wanted)
     assert code == 0
-    with np.load(tmp_path / "test.npz") as found:
+    with np.load(wanted) as found:
         assert found["embeddings"].dtype == np.float32
         assert len(found["keys"]) == len(found["embeddings"]) == len(found["errors"])
         np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
-    assert [p.name for p in tmp_path.iterdir()] == ["test.npz"]
+    assert [p.name for p in wanted.parent.iterdir()] == ["test.npz"]
 
 
 def losses(out: Path) -> list[float]:
