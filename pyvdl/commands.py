@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +93,19 @@ def instruct(arguments: argparse.Namespace) -> int:
     from pyvdl.data import read_manifest, write_manifest
 
     _make_way(arguments.out)
-    asked = [
-        dataclasses.replace(record, questions=tuple(templates.generate(record.narrative)))
-        for record in read_manifest(arguments.data)
-        if record.narrative
-    ]
-    if not asked:
+    told = [(record, record.narrative) for record in read_manifest(arguments.data) if record.narrative]
+    if not told:
         raise ValueError(f"{arguments.data}: no record has a narrative")
+    asked, unread = [], []
+    for record, narrative in told:
+        try:
+            asked.append(dataclasses.replace(record, questions=tuple(templates.generate(narrative))))
+        except ValueError as error:
+            unread.append(f"{record.key}: {error}")
+    if not asked:
+        raise ValueError(f"{arguments.data}: no narrative can be read, the first is that of {unread[0]}")
+    if unread:
+        print(f"{len(unread)} records left out, the first is {unread[0]}", file=sys.stderr)
     write_manifest(arguments.out, asked)
     families = Counter(question.family for record in asked for question in record.questions)
     counts = ", ".join(f"{count} {family}" for family, count in sorted(families.items()))

@@ -36,6 +36,8 @@ KINDS = {
 }
 
 _PART = re.compile(r"<([^>]+)>\s*([^<]*)")
+# One noun and what it does: of "a tall tree sways" nothing is read, so that "tall" is no answer.
+_BACKGROUND = re.compile(r"(?:(?:an?|the)\s+)?(?!(?:an?|the)\b)([\w-]+)(?:[.,]|\s+(?:is|\w+[^\Ws]s)\b|\s*$)")
 _CLAUSE = re.compile(r"^(first|then) it (.+?)(?: (quickly|slowly))?$")
 
 
@@ -60,9 +62,11 @@ def parse(narrative: str) -> tuple[list[str], list[Deed], str | None]:
     for tag, text in parts:
         actor = tag.strip().lower()
         if actor == "background":
-            background = text.split()[0].strip(".,").lower() if text.split() else None
+            if (match := _BACKGROUND.match(text.lower())) and match[1] not in COLORS:
+                background = match[1]
             continue
-        actors.append(actor)
+        if actor not in actors:  # told of twice, it still is one
+            actors.append(actor)
         for clause in text.rstrip(". ").split(", "):
             if match := _CLAUSE.match(clause.strip().lower()):
                 deeds.append(Deed(actor, ("first", "then").index(match[1]), match[2]))

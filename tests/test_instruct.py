@@ -51,6 +51,28 @@ def test_the_detailed_description_has_no_tags() -> None:
     assert "<" not in instruct.describe(NARRATIVE)
 
 
+@pytest.mark.parametrize(
+    ("background", "answer"),
+    [
+        ("A forest sways slowly.", "forest"),
+        ("The sky is blue.", "sky"),
+        ("an ocean", "ocean"),
+        ("A tall tree sways.", None),
+        ("green trees sway.", None),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_a_background_is_its_noun_or_nothing(background: str, answer: str | None) -> None:
+    found = pairs(f"<man> the man walks. <background> {background}")
+    assert found.get("what is in the background?") == answer
+
+
+def test_an_actor_told_of_twice_is_one() -> None:
+    found = pairs("<red star> a red star is here. <blue ring> a blue ring. <red star> first it spins.")
+    assert found["how many shapes are there?"] == "two"
+
+
 def test_text_without_tags_is_refused() -> None:
     with pytest.raises(ValueError, match="actor tags"):
         instruct.generate("a man walks")

@@ -245,6 +245,23 @@ def test_instruct_writes_questions_of_three_families(run: Run, corpus: Path, tmp
     assert all(json.loads(line)["status"] == "ok" for line in out.splitlines())
 
 
+def test_instruct_leaves_out_what_it_cannot_read(run: Run, tmp_path: Path) -> None:
+    manifest, out_file = tmp_path / "m.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"key": "plain", "video": "v.mp4", "narrative": "a man walks"},
+        {"key": "tagged", "video": "v.mp4", "narrative": "<man> a man is here, first it spins."},
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run("instruct", "--data", manifest, "--out", out_file)
+    assert code == 0
+    assert err.startswith("1 records left out, the first is plain: narrative without actor tags")
+    assert [json.loads(line)["key"] for line in out_file.read_text().splitlines()] == ["tagged"]
+    manifest.write_text(json.dumps(rows[0]))
+    code, _, err = run("instruct", "--data", manifest, "--out", out_file)
+    assert code == 1
+    assert "no narrative can be read, the first is that of plain" in err
+
+
 def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> None:
     video = sorted((corpus / "videos").glob("test_0*"))[0]
     options = ["--model", vlm, "--max-length", "8", "--batch-size", "2"]
