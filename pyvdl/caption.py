@@ -292,10 +292,10 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
 
 
 def _read_shard(path: Path) -> Iterator[CaptionRow]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield CaptionRow.from_json(line)
+                yield CaptionRow.from_json(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
 

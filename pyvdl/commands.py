@@ -432,7 +432,7 @@ def _caption_sets(path: Path) -> dict[str, list[str]]:
     from pyvdl.caption import JOB_FILE, read_captions
     from pyvdl.data import read_manifest
 
-    made = (path / JOB_FILE).exists() if path.is_dir() else '"log_probs"' in path.open(encoding="utf-8").readline()
+    made = (path / JOB_FILE).exists() if path.is_dir() else b'"log_probs"' in path.open("rb").readline()
     if made:
         return {str(path): [text for row in read_captions(path) for text in row.captions]}
     records = read_manifest(path)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,12 +65,12 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
     source = Path(path)
     records: list[Record] = []
     lines: dict[str, int] = {}
-    with source.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
+    with source.open("rb") as file:  # decoded line by line, so that what is not UTF-8 has a line number
+        for number, line in enumerate(file, 1):
+            if not line.strip():
                 continue
             try:
-                record = _parse_record(text, source.parent)
+                record = _parse_record(line.decode("utf-8"), source.parent)
                 if record.key in lines:
                     raise ValueError(f"key {record.key!r} stands on line {lines[record.key]} already: expected its own")
             except ValueError as error:
@@ -136,11 +136,11 @@ def _parse_question(found: dict[str, Any]) -> Question:
 
 def _check(name: str, value: Any, is_good: bool, expected: str) -> None:
     if not is_good:
-        raise ValueError(f"{name} is {value!r}: expected {expected}")
+        raise ValueError(f"{name} is {value!r:.80}: expected {expected}")
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -258,9 +258,10 @@ def test_rows_survive_json() -> None:
 
 def test_a_broken_row_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(row("a").to_json() + "\n{broken\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
-        list(read_captions(path))
+    for broken in (b"{broken", b"caf\xe9"):
+        path.write_bytes(row("a").to_json().encode() + b"\n" + broken + b"\n")
+        with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+            list(read_captions(path))
 
 
 def test_a_key_with_two_rows_is_refused() -> None:

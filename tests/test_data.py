@@ -90,11 +90,15 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
             "family is 'why': expected one of .*temporal.*causal.*short",
         ),
         ('{"key": "a", "video": "b"}', "key 'a' stands on line 1 already"),
+        ('{"key": "caf\udce9", "video": "b"}', "can't decode byte 0xe9"),
+        ('{"key": "b", "video": "b", "start_seconds": 1e400}', "start_seconds is inf: expected a number of 0 or more"),
+        (f'{{"key": "b", "video": "b", "end_seconds": {10**400}}}', "end_seconds is 10{79}: expected a number above"),
+        (f'{{"key": "b", "video": "b", "end_seconds": {"9" * 5000}}}', "Exceeds the limit"),
     ],
 )
 def test_errors_name_file_line_and_expectation(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"key": "a", "video": "a.mp4"}\n\n' + line + "\n")
+    path.write_text('{"key": "a", "video": "a.mp4"}\n\n' + line + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=rf"m\.jsonl:3: .*{message}"):
         read_manifest(path)
 
