@@ -391,10 +391,21 @@ def _versions() -> dict[str, str]:
 
 def _video_paths(paths: Sequence[Path]) -> list[str]:
     """Videos, those of folders (by suffix, not deeper) and those of manifests, in this order; each file once."""
-    return list(dict.fromkeys(record.video for record in _records(paths)))
+    return list(dict.fromkeys(record.video for record in _named(paths)))
 
 
 def _records(paths: Sequence[Path]) -> list[Record]:
+    """As `_named`; a key stands for one clip in what is written, so none may come twice."""
+    found = _named(paths)
+    seen: set[str] = set()
+    for record in found:
+        if record.key in seen:
+            raise UsageError(f"key {record.key!r} is named twice by the paths given: name each clip once")
+        seen.add(record.key)
+    return found
+
+
+def _named(paths: Sequence[Path]) -> list[Record]:
     """One record for each video or segment that `paths` name: videos, folders of videos, manifests."""
     from pyvdl.data import Record, read_manifest
 

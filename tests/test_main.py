@@ -224,6 +224,18 @@ def test_probe_reads_manifests_and_says_versions(run: Run, corpus: Path) -> None
     assert "libavcodec" in out
 
 
+def test_a_clip_named_twice_is_refused_where_keys_matter(run: Run, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"key": "a", "video": "v.mp4"}\n')
+    for argv in (
+        ["caption", manifest, manifest],
+        ["embed", "--data", manifest, manifest, "--out", "o", "--model", "m"],
+    ):
+        code, _, err = run(*argv)
+        assert (code, "key 'a' is named twice" in err) == (2, True)
+    assert len(run("probe", manifest, manifest, "--json")[1].splitlines()) == 1
+
+
 def test_a_folder_without_videos_is_told(run: Run, tmp_path: Path) -> None:
     code, _, err = run("probe", tmp_path)
     assert code == 1
