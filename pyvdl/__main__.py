@@ -106,7 +106,9 @@ def _parser() -> Parser:
     p = verb(
         "probe",
         commands.probe,
-        "Prints one row for each video: codec, size, frames a second, frames, duration, rotation, status.",
+        "Prints one row for each video: codec, size, frames a second, frames, duration, rotation, status. The status\n"
+        "tells of the headers and the index of packets: ok does not mean that every frame's data can be decoded. Exit\n"
+        "code 1 where no video could be read.",
         "pyvdl probe videos/ train.jsonl clip.mp4 --json",
     )
     p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")

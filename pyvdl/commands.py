@@ -69,6 +69,8 @@ def probe(arguments: argparse.Namespace) -> int:
                 for row in rows
             ],
         )
+    if not any(row["status"] == "ok" for row in rows):
+        raise ValueError(f"none of the {len(rows)} videos named could be read")
     return 0
 
 

@@ -212,6 +212,13 @@ def test_probe_gives_each_file_a_row(run: Run, corpus: Path, tmp_path: Path) -> 
     assert len(out.splitlines()) == 3
 
 
+def test_probe_of_nothing_that_can_be_read_fails(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("probe", tmp_path / "missing.mp4", "--json")
+    assert (code, err) == (1, "pyvdl probe: none of the 1 videos named could be read\n")
+    assert json.loads(out)["status"] == "failed"
+    assert "index of packets" in run("probe", "--help")[1]
+
+
 def test_probe_reads_manifests_and_says_versions(run: Run, corpus: Path) -> None:
     manifest = corpus / "test.jsonl"
     videos = {json.loads(line)["video"] for line in manifest.read_text().splitlines()}
