@@ -50,10 +50,12 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments, unknown = _parser().parse_known_args(argv)
     except SystemExit as stop:  # --help, or a mistake already told
         return int(stop.code or 0)
     name = f"pyvdl {arguments.verb}"
+    if unknown:  # parse_args would point to the general help
+        return _fail(f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)", 2)
     try:
         return int(arguments.run(arguments) or 0)
     except UsageError as error:

@@ -129,7 +129,7 @@ def test_version(run: Run) -> None:
         ([], "VERB"),
         (["status"], "'status'"),
         (["probe"], "at least one video"),
-        (["probe", "--frobnicate"], "--frobnicate"),
+        (["probe", "--frobnicate"], "--frobnicate (see pyvdl probe --help)"),
         (["evaluate", "--data", "x.jsonl"], "--model"),
         (["caption", "x.mp4", "--model", "m", "--num-samples", "0"], "'0' is not a whole number above 0"),
         (["caption", "x.mp4", "--model", "m", "--top-p", "1.5"], "'1.5' is not"),
