@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import math
+import numbers
 import operator
 import os
 import secrets
@@ -30,6 +31,7 @@ ShortClip = Literal["repeat_last", "loop", "error"]
 Quality = Literal["exact", "fast"]
 Errors = Literal["raise", "conceal"]
 
+_INT64 = (1 << 63) - 1
 _PATIENCE_SECONDS = 0.1  # between looks at Ctrl-C while waiting for a batch
 _SEED_STEP = 0xBF58476D1CE4E5B9  # odd, and not SplitMix64's own step, by which streams would overlap
 
@@ -61,8 +63,8 @@ class FileSlice:
     length: int  # bytes
 
     def __post_init__(self) -> None:
-        if self.offset < 0 or self.length < 0:
-            raise ValueError(f"offset and length must not be negative, they are {self.offset} and {self.length}")
+        _whole("offset", self.offset, 0, _INT64)
+        _whole("length", self.length, 0, _INT64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,10 @@ class Limits:
     max_bytes: int = 4 << 30  # of one result, and of a pipe, which is read to its end
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_frames", "max_seconds", "max_bytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        for name in ("max_pixels", "max_frames", "max_bytes"):
+            _whole(name, getattr(self, name), 1, _INT64)
+        if not _real("max_seconds", self.max_seconds) > 0:
+            raise ValueError(f"max_seconds must be above 0, not {self.max_seconds!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +131,9 @@ class ClipRequest:
         """Refuses here what can be known here, so that no batch is lost to a request that cannot be meant."""
         _name(self.source)
         start, end = self.start_seconds, self.end_seconds
-        if not (math.isfinite(start) and start >= 0):
+        if not (math.isfinite(_real("start_seconds", start)) and start >= 0):
             raise ValueError(f"start_seconds must be finite and not negative, it is {start!r}")
-        if end is not None and not end > start:
+        if end is not None and not _real("end_seconds", end) > start:
             raise ValueError(f"end_seconds must be above start_seconds = {start!r}, it is {end!r}")
         if self.seed is not None:
             operator.index(self.seed)  # NumPy's integers, too
@@ -355,13 +358,9 @@ class ClipLoader(Iterator[ClipBatch]):
         timeout_seconds: float | None = None,
         seed: int | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_threads", num_threads, 1),
-            ("prefetch", prefetch, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value!r}")
+        batch_size = _whole("batch_size", batch_size, 1)
+        num_threads = _whole("num_threads", num_threads, 1)
+        prefetch = _whole("prefetch", prefetch, 0)
         options = _clip_options(
             num_frames=num_frames,
             sampling=sampling,
@@ -484,7 +483,7 @@ def _native(source: Source) -> Any:
     if isinstance(source, bytes):
         return core.Source.memory(source)
     if isinstance(source, FileSlice):
-        return core.Source.file(os.fsencode(source.path), source.offset, source.length)
+        return core.Source.file(os.fsencode(source.path), operator.index(source.offset), operator.index(source.length))
     return core.Source.file(os.fsencode(source), 0, -1)
 
 
@@ -492,6 +491,28 @@ def _native_request(request: ClipRequest) -> tuple[Any, float, float | None, int
     start, end = request.start_seconds, request.end_seconds
     seed = secrets.randbits(64) if request.seed is None else operator.index(request.seed) & (1 << 64) - 1
     return _native(request.source), float(start), None if end is None else float(end), seed
+
+
+def _whole(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
+    """`value` as an int; NumPy's integers pass, floats and truth values do not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, not {number}")
+    return number
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def _has_length(value: object, length: int) -> bool:
+    return isinstance(value, tuple | list | np.ndarray) and len(value) == length
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -502,17 +523,15 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _decoder_options(*, stream: int | None, errors: Errors, quality: Quality, limits: Limits | None) -> Any:
     _choice("errors", errors, ("raise", "conceal"))
     _choice("quality", quality, ("exact", "fast"))
-    if stream is not None and stream < 0:
-        raise ValueError(f"stream must be None or at least 0, not {stream!r}")
-    bounds = limits or Limits()
+    bounds = Limits() if limits is None else limits
     return _core().DecoderOptions(
-        stream=stream,
+        stream=None if stream is None else _whole("stream", stream, 0),
         conceal=errors == "conceal",
         fast=quality == "fast",
-        max_pixels=bounds.max_pixels,
-        max_frames=bounds.max_frames,
-        max_seconds=bounds.max_seconds,
-        max_bytes=bounds.max_bytes,
+        max_pixels=operator.index(bounds.max_pixels),
+        max_frames=operator.index(bounds.max_frames),
+        max_seconds=float(bounds.max_seconds),
+        max_bytes=operator.index(bounds.max_bytes),
     )
 
 
@@ -532,31 +551,37 @@ def _clip_options(
     limits: Limits | None,
     timeout_seconds: float | None,
 ) -> Any:
-    core = _core()
     _choice("sampling", sampling, ("uniform", "fps", "random", "keyframe"))
     _choice("short_clip", short_clip, ("repeat_last", "loop", "error"))
-    for name, value in (("num_frames", num_frames), ("size", size), ("short_side", short_side)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value!r}")
-    if not (math.isfinite(fps) and fps > 0):
+    num_frames = _whole("num_frames", num_frames, 1)
+    size, short_side = _whole("size", size, 1), _whole("short_side", short_side, 1)
+    if not isinstance(flip, bool | np.bool_):
+        raise TypeError(f"flip must be True or False, not {flip!r}")
+    if not (math.isfinite(_real("fps", fps)) and fps > 0):
         raise ValueError(f"fps must be finite and above 0, not {fps!r}")
-    if timeout_seconds is not None and not timeout_seconds > 0:
+    if timeout_seconds is not None and not _real("timeout_seconds", timeout_seconds) > 0:
         raise ValueError(f"timeout_seconds must be None or above 0, not {timeout_seconds!r}")
-    if scale_jitter is not None and not (0 < scale_jitter[0] <= scale_jitter[1] < math.inf):
-        raise ValueError(f"scale_jitter must be (low, high) with 0 < low <= high, not {scale_jitter!r}")
-    rectangle = (0, 0, 0, 0)
+    jitter = None
+    if scale_jitter is not None:
+        if not _has_length(scale_jitter, 2):
+            raise ValueError(f"scale_jitter must be None or (low, high), not {scale_jitter!r}")
+        jitter = [_real("scale_jitter", factor) for factor in scale_jitter]
+        if not 0 < jitter[0] <= jitter[1] < math.inf:
+            raise ValueError(f"scale_jitter must be (low, high) with 0 < low <= high, not {scale_jitter!r}")
+    rectangle = [0, 0, 0, 0]
     if isinstance(crop, str):
         _choice("crop", crop, ("center", "random"))
         if size > short_side:
             raise ValueError(f"size {size} exceeds short_side {short_side}: there is nothing to cut it from")
     else:
-        rectangle = crop
-        if len(rectangle) != 4 or min(rectangle[:2]) < 0 or min(rectangle[2:]) < 1:
+        if not _has_length(crop, 4):
             raise ValueError(f"crop must be 'center', 'random' or (y, x, h, w) in pixels, not {crop!r}")
-    bounds = limits or Limits()
+        rectangle = [_whole(f"crop: {side}", value, least) for side, value, least in zip("yxhw", crop, (0, 0, 1, 1))]
+    bounds = Limits() if limits is None else limits
     height, width = (size, size) if isinstance(crop, str) else rectangle[2:]
     if num_frames * height * width * 3 > bounds.max_bytes:
         raise ValueError(f"{num_frames} frames of {height}x{width} exceed limits.max_bytes = {bounds.max_bytes}")
+    core = _core()
     return core.ClipOptions(
         decoder=_decoder_options(stream=None, errors=errors, quality=quality, limits=limits),
         num_frames=num_frames,
@@ -566,10 +591,10 @@ def _clip_options(
         short_side=short_side,
         size=size,
         crop=getattr(core.Crop, crop if isinstance(crop, str) else "fixed"),
-        rectangle=list(rectangle),
-        scale_jitter=None if scale_jitter is None else list(scale_jitter),
-        flip=flip,
-        timeout_seconds=timeout_seconds,
+        rectangle=rectangle,
+        scale_jitter=jitter,
+        flip=bool(flip),
+        timeout_seconds=None if timeout_seconds is None else float(timeout_seconds),
     )
 
 

@@ -384,11 +384,15 @@ def test_fast_quality_is_close_to_exact(clip: Path) -> None:
         ({"quality": "best"}, "quality must be one of 'exact', 'fast', not 'best'"),
         ({"errors": "ignore"}, "errors must be one of 'raise', 'conceal', not 'ignore'"),
         ({"crop": "left"}, "crop must be one of 'center', 'random', not 'left'"),
-        ({"crop": (0, 0, 0, 5)}, "crop must be"),
+        ({"crop": (0, 0, 0, 5)}, "crop: h must be at least 1, not 0"),
         ({"num_frames": 0}, "num_frames must be at least 1, not 0"),
         ({"size": 300}, "size 300 exceeds short_side 256"),
         ({"fps": 0.0}, "fps must be finite and above 0, not 0.0"),
         ({"scale_jitter": (1.2, 0.8)}, "scale_jitter must be"),
+        ({"scale_jitter": (0.8, 1.2, 1.5)}, "scale_jitter must be None or (low, high), not"),
+        ({"crop": None}, "crop must be 'center', 'random' or (y, x, h, w) in pixels, not None"),
+        ({"crop": (0, -1, 5, 5)}, "crop: x must be at least 0, not -1"),
+        ({"short_side": 1 << 31}, "short_side must be at most 2147483647, not 2147483648"),
         ({"start_seconds": -1.0}, "start_seconds must be finite and not negative, it is -1.0"),
         ({"start_seconds": 2.0, "end_seconds": 1.0}, "end_seconds must be above start_seconds = 2.0, it is 1.0"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be None or above 0, not 0.0"),
@@ -398,6 +402,30 @@ def test_fast_quality_is_close_to_exact(clip: Path) -> None:
 def test_bad_arguments_are_named(clip: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
         sample_clip(clip, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_frames": 8.0}, "num_frames must be a whole number, not 8.0"),
+        ({"size": True}, "size must be a whole number, not True"),
+        ({"crop": (0, 0, 5.0, 5)}, "crop: h must be a whole number, not 5.0"),
+        ({"flip": 1}, "flip must be True or False, not 1"),
+        ({"fps": "2"}, "fps must be a number, not '2'"),
+        ({"scale_jitter": ("a", "b")}, "scale_jitter must be a number, not 'a'"),
+        ({"timeout_seconds": "1"}, "timeout_seconds must be a number"),
+        ({"start_seconds": None}, "start_seconds must be a number, not None"),
+    ],
+)
+def test_arguments_of_another_type_are_named(clip: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        sample_clip(clip, **options)
+
+
+def test_numpy_numbers_are_numbers(clip: Path) -> None:
+    options: dict[str, Any] = {"num_frames": np.int32(2), "size": np.int64(32), "fps": np.float32(2), "flip": np.True_}
+    assert sample_clip(clip, seed=0, **options).data.shape == (2, 32, 32, 3)
+    assert len(VideoDecoder(clip, stream=np.int64(0), limits=Limits(max_frames=np.int64(50)))) == 50  # type: ignore
 
 
 # --- sources and faults ---
@@ -551,8 +579,12 @@ def test_limits(clip: Path) -> None:
     with pytest.raises(DecodeError, match="50 frames of 18432 bytes exceed max_bytes"):
         VideoDecoder(clip, limits=Limits(max_bytes=100_000))[:]
     assert len(VideoDecoder(clip, limits=Limits(max_pixels=96 * 64, max_frames=50, max_seconds=2.0))) == 50
-    with pytest.raises(ValueError, match="max_frames must be above 0, not 0"):
+    with pytest.raises(ValueError, match="max_frames must be at least 1, not 0"):
         Limits(max_frames=0)
+    with pytest.raises(ValueError, match="max_seconds must be above 0, not nan"):
+        Limits(max_seconds=math.nan)
+    with pytest.raises(TypeError, match=r"max_bytes must be a whole number, not 1000000000\.0"):
+        Limits(max_bytes=1e9)  # type: ignore[arg-type]
 
 
 def test_time_limit(clip: Path, folder: Path) -> None:
