@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 type Source = str | os.PathLike[str] | bytes | FileSlice
+type _Pending = tuple[list[Any], dict[int, str]]  # clips under way, and errors known before
 Sampling = Literal["uniform", "fps", "random", "keyframe"]
 Crop = Literal["center", "random"] | tuple[int, int, int, int]
 ShortClip = Literal["repeat_last", "loop", "error"]
@@ -380,7 +381,7 @@ class ClipLoader(Iterator[ClipBatch]):
         self._seed = seed
         self._batch_size = batch_size
         self._prefetch = prefetch
-        self._pending: deque[list[Any]] = deque()  # keeps the bytes that the threads read from
+        self._pending: deque[_Pending] = deque()  # keeps the bytes that the threads read from
         self._loader = _core().ClipLoader(options, num_threads)
         # Runs when the loader is forgotten and at interpreter exit: no thread outlives the interpreter.
         self._finalizer = weakref.finalize(self, _close_loader, self._loader, self._pending)
@@ -398,9 +399,10 @@ class ClipLoader(Iterator[ClipBatch]):
             # Back in the interpreter, so that Ctrl-C is heard, and a close() from another thread.
             if not self._finalizer.alive:
                 raise StopIteration
-        with contextlib.suppress(IndexError):  # a close() from another thread has emptied it
-            self._pending.popleft()
         data, errors, index = result
+        with contextlib.suppress(IndexError):  # a close() from another thread has emptied it
+            for row, error in self._pending.popleft()[1].items():
+                errors[row] = error
         return ClipBatch(
             data=data,
             ok=np.array([not error for error in errors], dtype=np.bool_),
@@ -412,11 +414,19 @@ class ClipLoader(Iterator[ClipBatch]):
         """Reads requests until `batches` batches are under way or the requests end."""
         while len(self._pending) < batches and self._finalizer.alive:
             taken = itertools.islice(self._requests, self._batch_size)
-            clips = [_native_request(self._seeded(number, request)) for number, request in taken]
+            clips: list[Any] = []
+            refused: dict[int, str] = {}  # row of the batch -> why its path cannot be opened
+            for number, request in taken:
+                request = self._seeded(number, request)
+                try:
+                    clips.append(_native_request(request))
+                except DecodeError as error:
+                    refused[len(clips)] = f"{error.stage}: {error.message}"
+                    clips.append(_native_request(replace(request, source=b"")))  # fails, and keeps the row's place
             if not clips:
                 return
             self._loader.submit(clips)
-            self._pending.append(clips)
+            self._pending.append((clips, refused))
 
     def _seeded(self, number: int, request: ClipRequest) -> ClipRequest:
         if self._seed is None or request.seed is not None:
@@ -439,7 +449,7 @@ def ffmpeg_versions() -> dict[str, tuple[str, str]]:
     return _core().ffmpeg_versions()
 
 
-def _close_loader(loader: Any, pending: deque[list[Any]]) -> None:
+def _close_loader(loader: Any, pending: deque[_Pending]) -> None:
     loader.close()  # joins the threads: only then may the sources be freed
     pending.clear()
 
@@ -483,8 +493,21 @@ def _native(source: Source) -> Any:
     if isinstance(source, bytes):
         return core.Source.memory(source)
     if isinstance(source, FileSlice):
-        return core.Source.file(os.fsencode(source.path), operator.index(source.offset), operator.index(source.length))
-    return core.Source.file(os.fsencode(source), 0, -1)
+        return core.Source.file(_file_name(source.path), operator.index(source.offset), operator.index(source.length))
+    return core.Source.file(_file_name(source), 0, -1)
+
+
+def _file_name(path: str | os.PathLike[str]) -> bytes:
+    """The path as the system takes it. To C a path ends at its first NUL byte: another file would be opened."""
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise DecodeError(None, "open", f"no file can have the name {os.fspath(path)!r}") from None
+    if not name:
+        raise DecodeError(None, "open", "the path is empty")
+    if b"\0" in name:
+        raise DecodeError(None, "open", f"the path holds a NUL byte: {os.fspath(path)!r}")
+    return name
 
 
 def _native_request(request: ClipRequest) -> tuple[Any, float, float | None, int]:

@@ -422,6 +422,25 @@ def test_arguments_of_another_type_are_named(clip: Path, options: dict[str, Any]
         sample_clip(clip, **options)
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("", "the path is empty"), ("{clip}\0.mp4", "holds a NUL byte"), ("\ud800.mp4", "no file can have the name")],
+)
+def test_a_path_that_cannot_be_opened_fails_its_clip_alone(clip: Path, path: str, words: str) -> None:
+    path = path.format(clip=clip)
+    for call in (VideoDecoder, sample_clip):
+        with pytest.raises(DecodeError, match=f"open: .*{words}"):
+            call(path)
+    requests = [ClipRequest(clip), ClipRequest(path), ClipRequest(FileSlice(path, 0, 1)), ClipRequest(clip)]
+    (batch,) = ClipLoader(requests, batch_size=4, num_frames=1)
+    assert batch.ok.tolist() == [True, False, False, True]
+    assert not batch.data[1:3].any()
+    for error in batch.errors[1:3]:
+        assert error is not None
+        assert error.startswith("open: ")
+        assert words in error
+
+
 def test_numpy_numbers_are_numbers(clip: Path) -> None:
     options: dict[str, Any] = {"num_frames": np.int32(2), "size": np.int64(32), "fps": np.float32(2), "flip": np.True_}
     assert sample_clip(clip, seed=0, **options).data.shape == (2, 32, 32, 3)
