@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -585,3 +586,11 @@ def test_one_item_has_an_interval_of_no_width() -> None:
 def test_scores_may_be_integers() -> None:
     assert recall_at_k(np.array([[3, 1], [2, 5]]), ks=(1,)).at[1] == 1.0
     assert recall_at_k(np.array([[1, 3], [2, 5]]), ks=(1,)).at[1] == 0.5
+
+
+def test_one_string_is_no_list_of_texts() -> None:
+    calls: list[tuple[Any, Any]] = [("a dog", ["a dog"]), (["a dog"], "a dog")]
+    for texts, answers in calls:
+        for metric in (cider, exact_match, wups):
+            with pytest.raises(TypeError, match="is one string: pass a list"):
+                metric(texts, answers)

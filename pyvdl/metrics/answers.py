@@ -29,6 +29,9 @@ def exact_match(predictions: Sequence[str], answers: Answers) -> ExactMatchScore
 
 def paired_references(predictions: Sequence[str], answers: Answers) -> list[tuple[str, ...]]:
     """The answers of each prediction as a tuple, after checking that they belong together."""
+    for name, texts in (("predictions", predictions), ("answers", answers)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name}={texts[:80]!r} is one string: pass a list, [text] for a single one")
     if len(predictions) != len(answers):
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} answers: expected equal numbers")
     if len(predictions) == 0:

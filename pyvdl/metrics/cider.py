@@ -44,6 +44,8 @@ def cider(
         document_frequencies: None takes them from `references`, as every published figure does (one item alone then
             scores 0, since every idf is 0). Give those of a larger set to score a few items on its scale.
     """
+    if isinstance(hypotheses, str):
+        raise TypeError(f"hypotheses={hypotheses[:80]!r} is one string: pass a list, [hypothesis] for a single one")
     hypothesis_words = [_words(text, tokenize) for text in hypotheses]
     reference_words = _reference_words(references, tokenize)
     if len(hypothesis_words) != len(reference_words):
@@ -106,6 +108,8 @@ def _words(text: str, tokenize: bool) -> list[str]:
 
 
 def _reference_words(references: Sequence[Sequence[str]], tokenize: bool) -> list[list[list[str]]]:
+    if isinstance(references, str):
+        raise TypeError(f"references={references[:80]!r} is one string: pass a list of captions for each item")
     if len(references) == 0:
         raise ValueError("0 items: expected at least one")
     for i, texts in enumerate(references):
