@@ -164,7 +164,7 @@ def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     count = jnp.maximum(weights.sum(), 1.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
     correct = (jnp.argmax(logits, axis=-1) == target) * weights
-    scalars = {"token_accuracy": correct.sum() / count, "failed_share": 1.0 - jnp.mean(ok, dtype=jnp.float32)}
+    scalars = {"token_accuracy": correct.sum() / count, "failed_share": _failed_share(ok)}
     return (losses * weights).sum() / count, scalars
 
 
@@ -181,7 +181,12 @@ def contrastive_loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, 
     share = jnp.mean(ok, dtype=jnp.float32)
     loss = kernels.contrastive_loss(video, text, scale, groups=groups)
     loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0
-    return loss, {"scale": scale, "failed_share": 1.0 - share}
+    return loss, {"scale": scale, "failed_share": _failed_share(ok)}
+
+
+def _failed_share(ok: jax.Array) -> jax.Array:
+    """Share of bool[B] that is False: exactly 0 for none, where a mean over many clips can miss 1 by its rounding."""
+    return jnp.where(ok.all(), 0.0, 1.0 - jnp.mean(ok, dtype=jnp.float32))
 
 
 def _set_aside(
