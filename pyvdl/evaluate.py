@@ -35,7 +35,7 @@ class CaptionScores:
     """Greedy captions of N clips against their references."""
 
     cider: float  # CIDEr-D x100
-    interval: Interval
+    interval: Interval  # (low, high) of `cider`
     per_item: np.ndarray  # float64[N], x100
     captions: list[str]  # "" for a failed clip
     mean_length: float  # words

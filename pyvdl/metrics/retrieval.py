@@ -20,7 +20,7 @@ class RankingScores:
 
     at: dict[int, float]
     per_query: dict[int, np.ndarray]
-    ranks: np.ndarray
+    ranks: np.ndarray  # float64[Q], of the best right candidate
     median_rank: float
     mean_rank: float
 

@@ -35,6 +35,7 @@ class GatedMlp(nnx.Module):
         self.down = _dense((config.mlp_dim, config.width), config.mlp_dim**-0.5, rngs)
 
     def __call__(self, x: Array) -> Array:
+        """[B, S, E] -> [B, S, E], without the residual."""
         gate, value = jnp.split(self.norm(x) @ self.up[...].astype(x.dtype), 2, axis=-1)
         gate = nnx.silu(gate) if self.activation == "silu" else nnx.gelu(gate, approximate=True)
         return (gate * value) @ self.down[...].astype(x.dtype)
@@ -87,6 +88,7 @@ class EncoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(self, x: Array, bias: Array, lengths: Array) -> Array:
+        """x [B, S, E], bias float32[1, N, S, S] on the scores, `lengths` int32[B] of valid tokens -> [B, S, E]."""
         q, k, v = self.attention.project(x)
         x = x + self.attention.merge(attention(q, k, v, bias=bias, kv_lengths=lengths, scale=1.0))
         return x + self.mlp(x)
@@ -99,6 +101,7 @@ class DecoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(self, x: Array, memory: Array, bias: Array, lengths: Array) -> Array:
+        """x [B, M, E], bias float32[1, N, M, M], memory [B, S, E] of `lengths` int32[B] valid tokens -> [B, M, E]."""
         q, k, v = self.attention.project(x)
         x = x + self.attention.merge(attention(q, k, v, causal=True, bias=bias, scale=1.0))
         x = x + self.cross(x, *self.cross.keys_values(memory), lengths)
