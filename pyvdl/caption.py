@@ -254,7 +254,9 @@ def model_digest(model: nnx.Module, tokenizer: WordTokenizer) -> str:
 def _digest(records: Iterable[Record]) -> str:
     digest = hashlib.sha256()
     for r in records:
-        digest.update(json.dumps([r.key, r.video, r.start_seconds, r.end_seconds]).encode())
+        # However the path was spelled, it is the same job. Not by content: to read millions of videos at each start
+        # would take as long as the job. Links are not followed, since one may come to lead to another video.
+        digest.update(json.dumps([r.key, os.path.abspath(r.video), r.start_seconds, r.end_seconds]).encode())
     return digest.hexdigest()
 
 

@@ -221,5 +221,7 @@ def _run(
 def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str).encode())
+        # Texts by content, videos by their absolute path, for the reasons that the digest of a captioning job gives.
+        fields = dataclasses.asdict(record) | {"video": os.path.abspath(record.video)}
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from pyvdl import recipes
+from pyvdl import caption, recipes
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, override, toy
 from pyvdl.data import Question, Record
@@ -175,6 +176,15 @@ def test_settings_that_cannot_run_leave_the_folder_free(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             recipes.adapt("visual", [RECORD], out, assignments=[setting])
         assert not (out / recipes.RUN_FILE).exists()
+
+
+@pytest.mark.parametrize("digest", [recipes._digest, caption._digest])
+def test_a_job_is_the_same_however_its_paths_are_spelled(
+    digest: Callable[[list[Record]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [digest([Record(key="a", video=path)]) for path in ("v.mp4", "./v.mp4", str(tmp_path / "v.mp4"), "w.mp4")]
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_a_run_is_known_by_the_weights_it_starts_from() -> None:
