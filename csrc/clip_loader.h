@@ -8,7 +8,7 @@
 #include <mutex>
 #include <thread>
 
-#include "video_decoder.h"
+#include "index_cache.h"
 
 namespace pyvdl {
 
@@ -31,7 +31,7 @@ struct ClipRequest {
   uint64_t seed = 0;
 };
 
-// Writes uint8[num_frames, out_height, out_width, 3] at `out` and, where given, the times of the frames in seconds.
+// Writes uint8[num_frames, out_height, out_width, 3] at `out` and the times of the frames in seconds.
 void sample_clip(const ClipRequest& request, const ClipOptions& options, const Deadline& deadline, Converter& converter,
                  uint8_t* out, double* pts_seconds, double* durations_seconds);
 
@@ -47,9 +47,10 @@ struct Batch {
   std::vector<int64_t> index;       // number of the request
 };
 
-// Decodes batches on its own threads. Batches come out in the order of submission, whichever clip is done first.
-// submit() and next() belong to one thread, close() may come from another: next() then returns null. The memory behind
-// the requests must live until its batch is out.
+// Decodes batches on its own threads. Clips of one file in a batch share an open decoder and its work: a group of
+// pictures that several of them need is decoded once, unless they are spread over the threads. Batches come out in the
+// order of submission, whichever clip is done first. submit() and next() belong to one thread, close() may come from
+// another: next() then returns null. The memory behind the requests must live until its batch is out.
 class ClipLoader {
  public:
   ClipLoader(const ClipOptions& options, int num_threads);
@@ -65,17 +66,27 @@ class ClipLoader {
   const ClipOptions& options() const { return options_; }
 
  private:
+  using Group = std::vector<size_t>;  // clips of one source, by start
   struct Job {
     std::vector<ClipRequest> requests;
-    size_t taken = 0;  // requests that a worker has begun
-    size_t done = 0;
+    std::vector<Group> groups;
+    size_t taken = 0;  // groups that a worker has begun
+    size_t done = 0;   // clips
     std::unique_ptr<Batch> batch;
   };
+  struct Worker {
+    Converter converter;
+    std::optional<FileIdentity> file;  // of the decoder, where it may serve later batches
+    std::unique_ptr<VideoDecoder> decoder;
+  };
 
+  std::vector<Group> groups_of(const std::vector<ClipRequest>& requests) const;
   void work();
-  void run(Job& job, size_t clip, Converter& converter);
+  void run(Job& job, const Group& group, Worker& worker);
+  void decode(Job& job, const Group& group, Worker& worker);
 
   const ClipOptions options_;
+  const size_t num_threads_;
   std::mutex mutex_;
   std::condition_variable work_ready_;
   std::condition_variable batch_ready_;

@@ -155,14 +155,11 @@ void PacketIndex::number_frames(const std::vector<int64_t>& presentation) {
     if (rank(ordinal) >= 0) key_ranks_.push_back(rank(ordinal));
   }
   std::sort(key_ranks_.begin(), key_ranks_.end());
-}
 
-Timeline PacketIndex::timeline() const {
-  Timeline timeline;
-  timeline.key_frames = key_ranks_;
-  for (const int64_t time : pts_) timeline.starts.push_back(time_base_.seconds(time - pts_.front()));
-  if (!pts_.empty()) timeline.end = timeline.starts.back() + durations_seconds_.back();
-  return timeline;
+  timeline_ = {};
+  timeline_.key_frames = key_ranks_;
+  for (const int64_t time : pts_) timeline_.starts.push_back(time_base_.seconds(time - pts_.front()));
+  if (!pts_.empty()) timeline_.end = timeline_.starts.back() + durations_seconds_.back();
 }
 
 bool PacketIndex::is_entry(int64_t ordinal) const {

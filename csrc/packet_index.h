@@ -64,7 +64,7 @@ class PacketIndex {
   const std::vector<double>& pts_seconds() const { return pts_seconds_; }              // by rank
   const std::vector<double>& durations_seconds() const { return durations_seconds_; }  // by rank
   const std::vector<int64_t>& key_ranks() const { return key_ranks_; }  // frames decodable alone, ascending
-  Timeline timeline() const;                                            // seconds from the first shown frame
+  const Timeline& timeline() const { return timeline_; }                // seconds from the first shown frame
 
   // Ordinal of the packet at which decoding must start so that frame `rank` comes out exact.
   int64_t start_for(int64_t rank) const;
@@ -100,6 +100,7 @@ class PacketIndex {
   std::vector<double> pts_seconds_;
   std::vector<double> durations_seconds_;
   std::vector<int64_t> key_ranks_;
+  Timeline timeline_;
   std::vector<std::pair<int64_t, int64_t>> positions_;  // byte -> ordinal, ascending; empty: not unique
   TimeBase time_base_;
   int64_t usual_duration_ = 0;

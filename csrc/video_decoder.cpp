@@ -39,27 +39,40 @@ std::string name_or_unknown(const char* name) { return name ? name : "unknown"; 
 
 }  // namespace
 
-VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, const Deadline& deadline)
-    : source_(source), options_(options), deadline_(deadline) {
+VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, const Deadline& deadline,
+                           std::shared_ptr<const StreamIndex> known)
+    : source_(source), options_(options), deadline_(deadline), index_(std::move(known)) {
   open_input();
-  scan_packets();
-  state_.assign(static_cast<size_t>(index_.num_packets()), 0);
-  const AVCodecID codec = stream_->codecpar->codec_id;
-  if (!index_.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) {
-    index_.set_order(find_order());
-  } else if (index_.starts_undecodable()) {
-    if (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC) {
-      index_.leave_out_undecodable_start();
-    } else {
-      index_.set_order(decode_order());  // the packets do not tell which of these pictures need others
-    }
+  if (!index_) make_index();
+  state_.assign(static_cast<size_t>(index().num_packets()), 0);
+  open_codec(index().reorder_depth(), true);
+  if (index().num_frames() == 0) throw Error("decode", "no frame can be decoded");
+  const Limits& limits = options_.limits;
+  const double seconds = index().timeline().end;
+  if (seconds > limits.max_seconds) {
+    throw Error("limits", std::to_string(seconds) + " s exceed max_seconds = " + std::to_string(limits.max_seconds));
   }
-  open_codec(index_.reorder_depth(), true);
-  if (index_.num_frames() == 0) throw Error("decode", "no frame can be decoded");
-  const double seconds = index_.timeline().end;
-  if (seconds > options_.limits.max_seconds) {
-    throw Error("limits",
-                std::to_string(seconds) + " s exceed max_seconds = " + std::to_string(options_.limits.max_seconds));
+  if (index().num_packets() > limits.max_frames) refuse_length();
+}
+
+void VideoDecoder::refuse_length() const {
+  throw Error("limits", "more than max_frames = " + std::to_string(options_.limits.max_frames) + " packets");
+}
+
+void VideoDecoder::make_index() {
+  auto made = std::make_shared<StreamIndex>(scan_packets());
+  PacketIndex& packets = made->packets;
+  index_ = made;
+  state_.assign(static_cast<size_t>(packets.num_packets()), 0);
+  const AVCodecID codec = stream_->codecpar->codec_id;
+  if (!packets.complete() || times_are_doubtful(*input_->format(), *stream_->codecpar)) {
+    packets.set_order(find_order());
+  } else if (packets.starts_undecodable()) {
+    if (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC) {
+      packets.leave_out_undecodable_start();
+    } else {
+      packets.set_order(decode_order());  // the packets do not tell which of these pictures need others
+    }
   }
 }
 
@@ -119,10 +132,10 @@ void VideoDecoder::open_codec(int reorder_depth, bool unrecovered) {
   if (unrecovered) codec_->flags |= AV_CODEC_FLAG_OUTPUT_CORRUPT;
   codec_->has_b_frames = std::max(codec_->has_b_frames, reorder_depth);
   check(avcodec_open2(codec_.get(), codec, nullptr), "codec", codec->name);
-  if (!encoder_notes_.empty()) {
+  if (!index_->encoder_notes.empty()) {
     av_packet_unref(packet_.get());
-    check(av_new_packet(packet_.get(), static_cast<int>(encoder_notes_.size())), "codec", "packet");
-    std::memcpy(packet_->data, encoder_notes_.data(), encoder_notes_.size());
+    check(av_new_packet(packet_.get(), static_cast<int>(index_->encoder_notes.size())), "codec", "packet");
+    std::memcpy(packet_->data, index_->encoder_notes.data(), index_->encoder_notes.size());
     codec_->skip_frame = AVDISCARD_NONREF;  // no complaint that there is no picture
     avcodec_send_packet(codec_.get(), packet_.get());
     avcodec_flush_buffers(codec_.get());
@@ -132,12 +145,13 @@ void VideoDecoder::open_codec(int reorder_depth, bool unrecovered) {
   run_next_ = -1;
 }
 
-void VideoDecoder::scan_packets() {
+StreamIndex VideoDecoder::scan_packets() {
+  StreamIndex made;
   const AVCodecParameters& parameters = *stream_->codecpar;
   const PacketInspector inspector(parameters.codec_id,
                                   {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))});
   std::vector<IndexEntry> packets;
-  if (parameters.codec_id == AV_CODEC_ID_AV1) references_.emplace();
+  if (parameters.codec_id == AV_CODEC_ID_AV1) made.references.emplace();
   int code = 0;
   for (;;) {
     deadline_.require();
@@ -154,35 +168,35 @@ void VideoDecoder::scan_packets() {
     entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
     entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
-    if (references_) references_->add({packet_->data, static_cast<size_t>(packet_->size)});
-    if (packets.empty()) encoder_notes_ = inspector.encoder_notes({packet_->data, static_cast<size_t>(packet_->size)});
+    if (made.references) made.references->add({packet_->data, static_cast<size_t>(packet_->size)});
+    if (packets.empty())
+      made.encoder_notes = inspector.encoder_notes({packet_->data, static_cast<size_t>(packet_->size)});
     packets.push_back(entry);
-    if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) {
-      throw Error("limits", "more than max_frames = " + std::to_string(options_.limits.max_frames) + " packets");
-    }
+    if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) refuse_length();
   }
   deadline_.require();
   stats_.packets_read += static_cast<int64_t>(packets.size());
-  truncated_ = code != AVERROR_EOF;
+  made.truncated = code != AVERROR_EOF;
   if (container_is(*input_->format(), "mov")) {
-    truncated_ |= avformat_index_get_entries_count(stream_) > static_cast<int>(packets.size());
+    made.truncated |= avformat_index_get_entries_count(stream_) > static_cast<int>(packets.size());
   }
   if (packets.empty()) throw Error("read", "the video stream has no packets");
-  if (references_ && !references_->known()) references_.reset();
+  if (made.references && !made.references->known()) made.references.reset();
 
   AVRational rate = stream_->avg_frame_rate.num > 0 ? stream_->avg_frame_rate : stream_->r_frame_rate;
   int64_t usual_duration = 0;
   if (rate.num > 0 && rate.den > 0) usual_duration = av_rescale_q(1, av_inv_q(rate), stream_->time_base);
-  index_ = PacketIndex(std::move(packets), {stream_->time_base.num, stream_->time_base.den}, usual_duration);
+  made.packets = PacketIndex(std::move(packets), {stream_->time_base.num, stream_->time_base.den}, usual_duration);
   next_packet_ = -1;
+  return made;
 }
 
 // Which packets become frames, and in which order, where presentation times do not tell.
 std::vector<int64_t> VideoDecoder::find_order() {
   const AVCodecDescriptor* codec = avcodec_descriptor_get(stream_->codecpar->codec_id);
-  if (codec && (codec->props & AV_CODEC_PROP_INTRA_ONLY)) return index_.stored_order();
+  if (codec && (codec->props & AV_CODEC_PROP_INTRA_ONLY)) return index().stored_order();
   if (stream_->codecpar->codec_id == AV_CODEC_ID_MPEG4) {
-    if (std::optional<std::vector<int64_t>> output = index_.order_by_type()) return *std::move(output);
+    if (std::optional<std::vector<int64_t>> output = index().order_by_type()) return *std::move(output);
   }
   return decode_order();
 }
@@ -198,7 +212,7 @@ std::vector<int64_t> VideoDecoder::decode_order() {
       if (code < 0) continue;
       const int64_t token = frame_->pts;
       ++stats_.frames_decoded;
-      if (token < 0 || token >= index_.num_packets() || state_[static_cast<size_t>(token)]) continue;
+      if (token < 0 || token >= index().num_packets() || state_[static_cast<size_t>(token)]) continue;
       state_[static_cast<size_t>(token)] = 1;
       output.push_back(token);
     }
@@ -231,18 +245,18 @@ int64_t VideoDecoder::read_packet() {
     if (packet_->stream_index != stream_->index) continue;
     ++stats_.packets_read;
     if (next_packet_ < 0) {
-      const int64_t found = index_.locate(packet_->pos, packet_->size);
+      const int64_t found = index().locate(packet_->pos, packet_->size);
       if (found < 0) return -1;
       next_packet_ = found;
     }
-    if (next_packet_ >= index_.num_packets()) return -1;
+    if (next_packet_ >= index().num_packets()) return -1;
     return next_packet_++;
   }
 }
 
 bool VideoDecoder::seek_near(int64_t ordinal) {
-  const IndexEntry& entry = index_.packet(ordinal);
-  if (index_.locate(entry.position_bytes, entry.size_bytes) < 0) return false;
+  const IndexEntry& entry = index().packet(ordinal);
+  if (index().locate(entry.position_bytes, entry.size_bytes) < 0) return false;
   ++stats_.seeks;
   held_ = false;
   AVFormatContext* format = input_->format();
@@ -294,11 +308,11 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
 }
 
 VideoDecoder::Group VideoDecoder::next_group(std::span<const int64_t> ranks) const {
-  Group group{ranks.first(1), index_.start_for(ranks[0]), index_.ordinal(ranks[0])};
+  Group group{ranks.first(1), index().start_for(ranks[0]), index().ordinal(ranks[0])};
   for (size_t i = 1; i < ranks.size(); ++i) {
-    const int64_t start = index_.start_for(ranks[i]);
+    const int64_t start = index().start_for(ranks[i]);
     if (start > group.last + 1 || start < group.start) break;
-    group.last = std::max(group.last, index_.ordinal(ranks[i]));
+    group.last = std::max(group.last, index().ordinal(ranks[i]));
     group.ranks = ranks.first(i + 1);
   }
   return group;
@@ -306,25 +320,25 @@ VideoDecoder::Group VideoDecoder::next_group(std::span<const int64_t> ranks) con
 
 bool VideoDecoder::resumable(const Group& group) const {
   if (run_next_ < 0 || run_start_ > group.start || group.start > run_next_) return false;
-  if (references_) {
+  if (references()) {
     const Av1References::Marks needed = needed_by(group);
-    const size_t last = run_next_ < index_.num_packets() ? references_->frames_of(run_next_).first : needed.size();
-    for (size_t frame = references_->frames_of(run_start_).first; frame < last; ++frame) {
+    const size_t last = run_next_ < index().num_packets() ? references()->frames_of(run_next_).first : needed.size();
+    for (size_t frame = references()->frames_of(run_start_).first; frame < last; ++frame) {
       if (needed[frame] && !given_[frame]) return false;
     }
   }
   return std::all_of(group.ranks.begin(), group.ranks.end(), [&](int64_t rank) {
-    const int64_t ordinal = index_.ordinal(rank);
+    const int64_t ordinal = index().ordinal(rank);
     const uint8_t state = state_[static_cast<size_t>(ordinal)];
     return ordinal >= run_next_ || ((state & kGiven) && !(state & kOut));
   });
 }
 
 Av1References::Marks VideoDecoder::needed_by(const Group& group) const {
-  if (follow_) return Av1References::Marks(references_->num_frames(), 1);
+  if (follow_) return Av1References::Marks(references()->num_frames(), 1);
   std::vector<int64_t> ordinals;
-  for (const int64_t rank : group.ranks) ordinals.push_back(index_.ordinal(rank));
-  return references_->needed(ordinals);
+  for (const int64_t rank : group.ranks) ordinals.push_back(index().ordinal(rank));
+  return references()->needed(ordinals);
 }
 
 void VideoDecoder::run_group(const Group& group, const Sink& sink) {
@@ -332,7 +346,7 @@ void VideoDecoder::run_group(const Group& group, const Sink& sink) {
   attempt(group, resumable(group) ? -1 : start, sink);
   // A wanted frame that stays away although decoding began at an entry that may be too late: begin earlier.
   for (int tries = 0; outstanding_ > 0 && start > 0 && tries < 2; ++tries) {
-    start = tries == 0 ? index_.entry_before(start) : 0;
+    start = tries == 0 ? index().entry_before(start) : 0;
     attempt(group, start, sink);
   }
   if (options_.conceal) {
@@ -349,8 +363,8 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
   first_wanted_ = group.ranks.front();
   outstanding_ = static_cast<int64_t>(group.ranks.size());
   if (start >= 0) start_run(start);
-  if (references_) needed_ = needed_by(group);
-  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] |= kWanted;
+  if (references()) needed_ = needed_by(group);
+  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index().ordinal(rank))] |= kWanted;
   if (start < 0) receive(sink);
   bool ended = draining_;
   while (!ended && outstanding_ > 0 && (run_next_ <= group.last || follow_)) {
@@ -369,13 +383,13 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
     send(nullptr, sink);
   }
   if (draining_ && (outstanding_ > 0 || !follow_)) run_next_ = -1;  // nothing is left in the decoder
-  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index_.ordinal(rank))] &= ~kWanted;
+  for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index().ordinal(rank))] &= ~kWanted;
 }
 
 void VideoDecoder::start_run(int64_t start) {
   avcodec_flush_buffers(codec_.get());
   std::fill(state_.begin(), state_.end(), 0);
-  if (references_) given_.assign(references_->num_frames(), 0);
+  if (references()) given_.assign(references()->num_frames(), 0);
   errors_.clear();
   error_text_.clear();
   take_log();
@@ -387,13 +401,13 @@ void VideoDecoder::start_run(int64_t start) {
 
 void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   uint8_t& state = state_[static_cast<size_t>(ordinal)];
-  const PacketFacts& facts = index_.packet(ordinal).facts;
+  const PacketFacts& facts = index().packet(ordinal).facts;
   if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
-  const bool wanted = (state & kWanted) || (follow_ && index_.rank(ordinal) >= first_wanted_);
-  if (!wanted && index_.disposable(ordinal)) return;
+  const bool wanted = (state & kWanted) || (follow_ && index().rank(ordinal) >= first_wanted_);
+  if (!wanted && index().disposable(ordinal)) return;
   // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
-  if (references_ && !leave_out_unneeded(ordinal)) return;
-  if (!references_ || needed_[*references_->shown_by(ordinal)]) state |= kGiven;
+  if (references() && !leave_out_unneeded(ordinal)) return;
+  if (!references() || needed_[*references()->shown_by(ordinal)]) state |= kGiven;
   codec_->skip_loop_filter = options_.fast && !wanted ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
   packet_->pts = ordinal;  // comes back on the frame and names it
   packet_->dts = AV_NOPTS_VALUE;
@@ -404,7 +418,7 @@ void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
 
 // Cuts the coded frames that no wanted frame needs out of packet_; false: nothing is left of it.
 bool VideoDecoder::leave_out_unneeded(int64_t ordinal) {
-  const auto [first, last] = references_->frames_of(ordinal);
+  const auto [first, last] = references()->frames_of(ordinal);
   size_t kept = 0;
   for (size_t frame = first; frame < last; ++frame) {
     if (!needed_[frame]) continue;
@@ -417,7 +431,7 @@ bool VideoDecoder::leave_out_unneeded(int64_t ordinal) {
   auto size = static_cast<size_t>(packet_->size);
   for (size_t frame = last; frame-- > first;) {
     if (needed_[frame]) continue;
-    const auto [begin, end] = references_->bytes_of(frame);
+    const auto [begin, end] = references()->bytes_of(frame);
     std::memmove(packet_->data + begin, packet_->data + end, size - end);
     size -= end - begin;
   }
@@ -449,9 +463,9 @@ void VideoDecoder::receive(const Sink& sink) {
     }
     ++stats_.frames_decoded;
     const int64_t ordinal = frame_->pts;
-    if (ordinal < 0 || ordinal >= index_.num_packets()) continue;
+    if (ordinal < 0 || ordinal >= index().num_packets()) continue;
     // The H.264 decoder marks good frames too, when pictures shown before its open entry come between; the index knows.
-    const bool unproven = codec_->codec_id != AV_CODEC_ID_H264 || !index_.exact_from(run_start_, ordinal);
+    const bool unproven = codec_->codec_id != AV_CODEC_ID_H264 || !index().exact_from(run_start_, ordinal);
     const bool corrupt = (frame_->flags & AV_FRAME_FLAG_CORRUPT) && unproven;
     if (frame_->decode_error_flags || corrupt) note_error(ordinal, AVERROR_INVALIDDATA);
     uint8_t& state = state_[static_cast<size_t>(ordinal)];
@@ -459,7 +473,7 @@ void VideoDecoder::receive(const Sink& sink) {
     state |= kOut;
     if (!deliver) continue;
     --outstanding_;
-    sink(index_.rank(ordinal), *frame_);
+    sink(index().rank(ordinal), *frame_);
   }
 }
 
@@ -477,16 +491,16 @@ void VideoDecoder::note_error(int64_t ordinal, int code) {
 std::string VideoDecoder::fault_of(int64_t rank) const {
   const std::string name = "frame " + std::to_string(rank);
   for (const int64_t ordinal : errors_) {
-    if (index_.spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
+    if (index().spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
   }
-  const int64_t target = index_.ordinal(rank);
+  const int64_t target = index().ordinal(rank);
   if (!(state_[static_cast<size_t>(target)] & kOut)) return name + " did not come out of the decoder";
   const bool drained = run_next_ < 0;
-  for (int64_t ordinal = index_.start_for(rank); ordinal < target; ++ordinal) {
+  for (int64_t ordinal = index().start_for(rank); ordinal < target; ++ordinal) {
     const uint8_t state = state_[static_cast<size_t>(ordinal)];
-    if (!(state & kGiven) || (state & kOut) || index_.rank(ordinal) < 0 || !index_.spoils(ordinal, rank)) continue;
-    if (drained || index_.shown_after(rank, ordinal)) {
-      return name + " was decoded without frame " + std::to_string(index_.rank(ordinal)) + ", which did not come out";
+    if (!(state & kGiven) || (state & kOut) || index().rank(ordinal) < 0 || !index().spoils(ordinal, rank)) continue;
+    if (drained || index().shown_after(rank, ordinal)) {
+      return name + " was decoded without frame " + std::to_string(index().rank(ordinal)) + ", which did not come out";
     }
   }
   return {};
@@ -496,7 +510,7 @@ std::string VideoDecoder::fault_of(int64_t rank) const {
 void VideoDecoder::conceal_missing(const Group& group, const Sink& sink) {
   std::vector<int64_t> missing;
   for (const int64_t rank : group.ranks) {
-    if (!(state_[static_cast<size_t>(index_.ordinal(rank))] & kOut)) missing.push_back(rank);
+    if (!(state_[static_cast<size_t>(index().ordinal(rank))] & kOut)) missing.push_back(rank);
   }
   for (const int64_t rank : missing) {
     bool found = false;
@@ -506,7 +520,7 @@ void VideoDecoder::conceal_missing(const Group& group, const Sink& sink) {
     };
     for (int64_t step = 1; step <= kConcealFrames && !found; ++step) {
       for (const int64_t near : {rank - step, rank + step}) {
-        if (found || near < 0 || near >= index_.num_frames()) continue;
+        if (found || near < 0 || near >= index().num_frames()) continue;
         const int64_t ranks[1] = {near};
         const Group single = next_group(ranks);
         attempt(single, single.start, stand_in);
@@ -532,13 +546,13 @@ Metadata VideoDecoder::metadata() {
   } catch (const Error& error) {
     if (error.stage() != "decode") throw;
   }
-  const Timeline timeline = index_.timeline();
-  m.num_frames = index_.num_frames();
+  const Timeline timeline = index().timeline();
+  m.num_frames = index().num_frames();
   m.width = upright_width(width, height, orientation_);
   m.height = upright_height(width, height, orientation_);
   m.fps = static_cast<double>(m.num_frames) / timeline.end;
   m.duration_seconds = timeline.end;
-  m.start_seconds = index_.pts_seconds().front();
+  m.start_seconds = index().pts_seconds().front();
   m.codec = avcodec_get_name(codec_->codec_id);
   m.pixel_format = name_or_unknown(av_get_pix_fmt_name(static_cast<AVPixelFormat>(format)));
   m.rotation = orientation_.degrees;
@@ -548,9 +562,9 @@ Metadata VideoDecoder::metadata() {
   m.time_base = {stream_->time_base.num, stream_->time_base.den};
   m.stream_index = stream_->index;
   m.num_video_streams = num_video_streams_;
-  m.reorder_depth = index_.reorder_depth();
+  m.reorder_depth = index().reorder_depth();
   m.container = input_->format()->iformat->name;
-  m.truncated = truncated_;
+  m.truncated = truncated();
   metadata_ = m;
   return m;
 }

@@ -57,19 +57,30 @@ struct Metadata {
   bool truncated = false;  // the container lists packets that are not in the file
 };
 
+// What opening a video stream finds out by reading its packets. Once made it is only read, by any number of decoders.
+struct StreamIndex {
+  PacketIndex packets;
+  std::optional<Av1References> references;
+  std::vector<uint8_t> encoder_notes;
+  bool truncated = false;  // the container lists packets that are not in the file
+};
+
 // Not thread-safe; uses the calling thread only.
 class VideoDecoder {
  public:
   using Sink = std::function<void(int64_t rank, const AVFrame& frame)>;
 
-  VideoDecoder(const Source& source, const DecoderOptions& options, const Deadline& deadline);
+  // `known`: the index of the same source and stream, if there is one; else it is made.
+  VideoDecoder(const Source& source, const DecoderOptions& options, const Deadline& deadline,
+               std::shared_ptr<const StreamIndex> known = nullptr);
 
-  const PacketIndex& index() const { return index_; }
+  const PacketIndex& index() const { return index_->packets; }
+  const std::shared_ptr<const StreamIndex>& shared_index() const { return index_; }
   Metadata metadata();  // decodes the first frame when first called
   Orientation orientation() const { return orientation_; }
   const DecodeStats& stats() const { return stats_; }
   const DecoderOptions& options() const { return options_; }
-  bool truncated() const { return truncated_; }
+  bool truncated() const { return index_->truncated; }
   void set_deadline(const Deadline& deadline);
 
   // Decodes the frames of these ranks (ascending, none twice) and hands each to `sink`. Throws Error at the end of a
@@ -77,6 +88,9 @@ class VideoDecoder {
   // been handed out before this is known, and may be handed out twice. A call that goes on where the last one ended
   // keeps the decoder running, so that reading frame by frame decodes nothing twice.
   void decode(std::span<const int64_t> ranks, const Sink& sink);
+
+  // The next decode() starts afresh, whatever was decoded before.
+  void restart() { run_next_ = -1; }
 
   void count_converted() { ++stats_.frames_converted; }
 
@@ -89,9 +103,12 @@ class VideoDecoder {
 
   void open_input();
   void open_codec(int reorder_depth, bool unrecovered);
-  void scan_packets();
+  void make_index();
+  [[noreturn]] void refuse_length() const;
+  StreamIndex scan_packets();
   std::vector<int64_t> find_order();
   std::vector<int64_t> decode_order();
+  const std::optional<Av1References>& references() const { return index_->references; }
 
   int64_t read_packet();           // into packet_; returns its ordinal, -1 at the end or when it cannot be told
   void position(int64_t ordinal);  // the next read_packet() gives this ordinal
@@ -119,13 +136,10 @@ class VideoDecoder {
   CodecPtr codec_;
   PacketPtr packet_ = make_packet();
   FramePtr frame_ = make_frame();
-  PacketIndex index_;
-  std::optional<Av1References> references_;
+  std::shared_ptr<const StreamIndex> index_;
   Orientation orientation_;
   DecodeStats stats_;
-  std::vector<uint8_t> encoder_notes_;
   int num_video_streams_ = 0;
-  bool truncated_ = false;
   std::optional<Metadata> metadata_;
 
   int64_t next_packet_ = 0;  // ordinal that read_packet() gives next; -1: told by the packet's place in the file

@@ -694,6 +694,43 @@ def test_a_seed_of_the_loader_serves_requests_without_one(clip: Path) -> None:
     assert np.array_equal(first[2], other[2])
 
 
+def test_segments_of_one_file_share_their_decoding(folder: Path) -> None:
+    path = folder / "segments.mp4"
+    write_clip(path, num_frames=100, size=(96, 64), fps=25, gop=50)
+    requests = [
+        pyvdl.ClipRequest(path, start, start + 1.0, seed=i) for i, start in enumerate((3.0, 0.1, 2.0, 1.2, 0.5))
+    ]
+    options: dict[str, Any] = {"num_frames": 4, "size": 32, "short_side": 40, "crop": "random", "sampling": "random"}
+    alone = [
+        sample_clip(path, start_seconds=start, end_seconds=start + 1.0, seed=i, **options).data
+        for i, start in enumerate(starts)
+    ]
+    for threads, size in ((1, 5), (2, 5), (1, 2), (3, 4)):
+        batches = ClipLoader(requests, batch_size=size, num_threads=threads, **options)
+        assert np.array_equal(np.concatenate([batch.data for batch in batches]), np.stack(alone))
+
+
+def test_a_bad_segment_leaves_the_others_of_its_file(clip: Path) -> None:
+    requests = [ClipRequest(clip, start) for start in (0.0, 50.0, 1.0)]
+    (batch,) = ClipLoader(requests, batch_size=3, num_frames=2, size=32, short_side=40)
+    assert batch.ok.tolist() == [True, False, True]
+    assert "lies outside" in (batch.errors[1] or "")
+
+
+def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
+    path = folder / "changing.mp4"
+    options: dict[str, Any] = {"num_frames": 3, "size": 32, "short_side": 40}
+
+    clips = []
+    for seed in (1, 2):
+        write_clip(path, num_frames=20 + 10 * seed, size=(96, 64), seed=seed)
+        os.utime(path, ns=(seed, seed))
+        clips.append(sample_clip(path, **options).data)
+        (again,) = ClipLoader([ClipRequest(path)], batch_size=1, num_threads=1, **options)
+        assert np.array_equal(again.data[0], clips[-1])
+    assert not np.array_equal(clips[0], clips[1])
+
+
 def test_one_bad_clip_stops_nothing(clip: Path, folder: Path) -> None:
     good = ClipRequest(clip, seed=0)
     bad = [ClipRequest(folder / "missing.mp4"), ClipRequest(b"nonsense"), ClipRequest(clip, start_seconds=5.0)]
@@ -779,15 +816,16 @@ def test_python_runs_while_clips_are_decoded(clip: Path) -> None:
     data = clip.read_bytes()
     thread.start()
     try:
-        begin = time.monotonic()
-        for _ in range(20):
+        # With the GIL held during decoding, the other thread would get a turn between calls only, three at each clip.
+        deadline = time.monotonic() + 30
+        clips = 0
+        while count < 50 + 6 * clips and time.monotonic() < deadline:
             VideoDecoder(data)[:]
-        elapsed = time.monotonic() - begin
+            clips += 1
     finally:
         stop.set()
         thread.join()
-    # With the GIL held during decoding, the other thread would get a turn between calls only (60 of them).
-    assert count > 100 or count > elapsed / 0.003
+    assert count >= 50 + 6 * clips, f"{count} turns while {clips} clips were decoded"
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
