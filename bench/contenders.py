@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.common import measure, peak_memory_bytes
+from bench.natives import load_limits
 
 SIZE = 224  # of the crop
 SHORT_SIDE = 256
@@ -69,6 +70,7 @@ class Contender:
     requirements: ClassVar[tuple[str, ...]]  # what pip installs; the last one is the library itself
     own_environment: ClassVar[bool] = True  # runs in the peers' environment, not in pyvdl's
     has_loader: ClassVar[bool] = False  # decodes batches on several threads by itself
+    is_limit: ClassVar[bool] = False  # no library, but what its parts can do at best
 
     def clip(self, job: Job) -> Clip:
         raise NotImplementedError
@@ -127,6 +129,46 @@ class Pyvdl(Contender):
 class PyvdlFast(Pyvdl):
     name = "pyvdl-fast"
     quality = "fast"
+
+
+class LimitA(Contender):
+    """FFmpeg's libraries alone (limits.cpp): every frame of the groups of pictures that hold a wanted one."""
+
+    name = "limit-a"
+    requirements = ("pyvdl",)
+    own_environment = False
+    is_limit = True
+    skips: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._library = load_limits()
+
+    def clip(self, job: Job) -> Clip:
+        frames = np.array(job.frames, dtype=np.int64)
+        result = np.empty((len(frames), SIZE, SIZE, 3), dtype=np.uint8)
+        error: bytes | None = self._library.limit_clip(
+            os.fsencode(job.path),
+            frames.ctypes.data,
+            len(frames),
+            job.width,
+            job.height,
+            SIZE,
+            self.skips,
+            result.ctypes.data,
+        )
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return result
+
+    def ffmpeg(self) -> str:
+        return self._library.limit_ffmpeg().decode()
+
+
+class LimitB(LimitA):
+    """The same without pictures that no other picture refers to, unless they are wanted."""
+
+    name = "limit-b"
+    skips = True
 
 
 class PyAV(Contender):
@@ -285,7 +327,7 @@ class Spdl(Contender):
 CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (
-        Pyvdl, PyvdlFast, PyAV, TorchCodec, TorchCodecApproximate, Decord2, VideoReaderRs, OpenCV, Spdl,
+        Pyvdl, PyvdlFast, LimitA, LimitB, PyAV, TorchCodec, TorchCodecApproximate, Decord2, VideoReaderRs, OpenCV, Spdl,
     )
 }  # fmt: skip
 

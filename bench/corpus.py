@@ -41,6 +41,15 @@ class Case:
     def num_frames(self) -> int:
         return round(self.seconds * FPS)
 
+    @property
+    def family(self) -> str:
+        """Cases of a family let a decoder leave out the same kinds of frames."""
+        return "H.264 baseline" if self.options.get("profile") == "baseline" else _FAMILIES[self.encoder]
+
+
+_FAMILIES = {
+    "libx264": "H.264", "libx265": "HEVC", "libvpx-vp9": "VP9", "libsvtav1": "AV1", "mpeg4": "MPEG-4"
+}  # fmt: skip
 
 CASES = {
     case.name: case

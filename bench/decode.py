@@ -9,14 +9,10 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import json
 import math
 import queue
 import random
-import shutil
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,85 +27,17 @@ import numpy.typing as npt
 from bench.common import Spread, Timing, append_rows, environment, format_table, geometric_mean, interleave, ratio
 from bench.contenders import CONTENDERS, SHORT_SIDE, SIZE, THUMB_FACTOR, Contender, Job, center, thumbnails
 from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
+from bench.natives import BUILD, ROOT
+from bench.workers import ContenderError, Worker, set_up_peers
 
 type Clock = Literal["cpu_seconds", "wall_seconds"]
 
-ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / "build" / "bench" / "peers"  # their environment
 NUM_FRAMES = 16
 BASE = "pyvdl"
 MODES = ("cases", "mixed", "batch")
 CLOCKS: dict[Clock, str] = {"cpu_seconds": "CPU time", "wall_seconds": "Wall clock"}
 TOLERANCE_LEVELS = 3.0  # mean absolute difference that other filters and roundings explain
-PATIENCE_SECONDS = 600.0  # for one reply
 BATCH_COPIES = 2  # of each clip in a batch
-
-
-class ContenderError(RuntimeError):
-    """A contender that cannot be started, or that failed at a job. The text says why."""
-
-
-class Worker:
-    """The process of one contender. `hello` is what it said of itself; it is started again after it died."""
-
-    def __init__(self, kind: type[Contender]) -> None:
-        self.name = kind.name
-        self._kind = kind
-        self._process: subprocess.Popen[str] | None = None
-        self.hello = self._start()
-
-    def _start(self) -> dict[str, Any]:
-        python = Path(sys.executable)
-        if self._kind.own_environment:
-            python = PEERS / "bin" / "python"
-        install = f"pip install {' '.join(self._kind.requirements)}"
-        if not python.exists():
-            raise ContenderError(f"not installed ({install}, or all peers: python -m bench.decode --setup)")
-        self._process = subprocess.Popen(
-            [python, "-m", "bench.contenders", self.name],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        hello = self._receive()
-        if "error" in hello:
-            self.close()
-            state = "not installed" if hello["missing"] else "does not load"
-            raise ContenderError(f"{state} ({install}, or all peers: python -m bench.decode --setup): {hello['error']}")
-        return hello
-
-    def _receive(self) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
-        timer = threading.Timer(PATIENCE_SECONDS, process.kill)
-        timer.start()
-        line = process.stdout.readline()
-        timer.cancel()
-        if not line:
-            self.close()
-            raise ContenderError(f"its process ended with code {process.returncode}")
-        return json.loads(line)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The reply to a request of contenders.answer()."""
-        if self._process is None:
-            self._start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        reply = self._receive()
-        if "error" in reply:
-            raise ContenderError(reply["error"])
-        return reply
-
-    def close(self) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.communicate()  # stdin ends, and with it the process
 
 
 @dataclass(frozen=True)
@@ -282,6 +210,8 @@ def time_batch(jobs: Sequence[Job], kinds: Iterable[type[Contender]], cores: int
 
     with contextlib.ExitStack() as stack:
         for kind in kinds:
+            if kind.is_limit:
+                continue
             with contextlib.suppress(ContenderError):  # reported when the bench started
                 counts = (
                     {kind.name: 1} if kind.has_loader else {f"{kind.name} threads": 1, f"{kind.name} processes": cores}
@@ -378,29 +308,6 @@ def check_report(lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
-def set_up_peers() -> None:
-    """Makes the peers' environment. One that cannot be installed or loaded does not keep the others away."""
-    uv = shutil.which("uv")
-    if uv:
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, PEERS], check=True)
-        install = [uv, "pip", "install", "--quiet", "--python", str(PEERS / "bin" / "python")]
-    else:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", PEERS], check=True)
-        install = [str(PEERS / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, "numpy"], check=True)
-    peers = [kind for kind in CONTENDERS.values() if kind.own_environment]
-    for requirements in dict.fromkeys(kind.requirements for kind in peers):
-        print(f"installing {' '.join(requirements)}", flush=True)
-        subprocess.run([*install, *requirements], check=False)
-    for kind in peers:
-        try:
-            with contextlib.closing(Worker(kind)) as worker:
-                print(f"{kind.name} {worker.hello['version']}: ready")
-        except ContenderError as error:
-            print(f"{kind.name}: {error}")
-    print("torchcodec and SPDL load the system's FFmpeg with all its libraries: apt-get install ffmpeg")
-
-
 def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Path, out: Path) -> None:
     """The whole benchmark: prints tables, keeps rows."""
     env = environment(["pyvdl", "av", "numpy"])
@@ -480,9 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="cases: each clip by itself; mixed: another clip with every request; batch: all clips on all cores",
     )
     parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
-    parser.add_argument(
-        "--corpus", type=Path, default=ROOT / "build" / "bench" / "decode", help="folder in which the clips are kept"
-    )
+    parser.add_argument("--corpus", type=Path, default=BUILD / "decode", help="folder in which the clips are kept")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "decode.jsonl", help="file that rows are added to"
     )

@@ -13,7 +13,7 @@ from bench.common import Spread, Timing, environment, format_table, geometric_me
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
 pytest.importorskip("av", reason="PyAV is not installed")
 
-from bench import decode
+from bench import decode, workers
 from bench.contenders import CONTENDERS
 from bench.corpus import CASES, Case, make_clip
 
@@ -78,9 +78,9 @@ def test_output_check_finds_a_frame_that_is_one_off(clip: Path) -> None:
     assert not reference.check(right // 2 + 60).good
 
 
-@pytest.mark.parametrize("name", ["pyvdl", "pyvdl-fast", "pyav"])
+@pytest.mark.parametrize("name", ["pyvdl", "pyvdl-fast", "limit-a", "limit-b", "pyav"])
 def test_a_worker_gives_the_wanted_frames_and_its_times(name: str, clip: Path) -> None:
-    worker = decode.Worker(CONTENDERS[name])
+    worker = workers.Worker(CONTENDERS[name])
     try:
         job = decode.job_for(CASE, clip)
         check = decode.check_outputs(decode.Reference(clip), job, {name: worker})[name]
@@ -89,7 +89,7 @@ def test_a_worker_gives_the_wanted_frames_and_its_times(name: str, clip: Path) -
         timing = decode.time_clip(worker, job)
         assert timing.cpu_seconds > 0
         assert math.isfinite(timing.wall_seconds)
-        with pytest.raises(decode.ContenderError):
+        with pytest.raises(workers.ContenderError):
             decode.time_clip(worker, decode.job_for(CASE, clip.with_name("missing.mp4")))
         assert decode.time_clip(worker, job).cpu_seconds > 0  # a failure does not end the worker
     finally:
@@ -97,6 +97,23 @@ def test_a_worker_gives_the_wanted_frames_and_its_times(name: str, clip: Path) -
 
 
 def test_a_contender_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "PEERS", Path("no") / "such" / "environment")
-    with pytest.raises(decode.ContenderError, match=r"not installed \(pip install decord2"):
-        decode.Worker(CONTENDERS["decord2"])
+    monkeypatch.setattr(workers, "PEERS", Path("no") / "such" / "environment")
+    with pytest.raises(workers.ContenderError, match=r"not installed \(pip install decord2"):
+        workers.Worker(CONTENDERS["decord2"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("groups", ".mp4", "libx264", 322, 258, seconds=2.0, options={"g": "12"}),
+        Case("delayed", ".avi", "mpeg4", 320, 256, seconds=1.0, options={"bf": "2"}),  # packets without pts
+    ],
+    ids=lambda case: case.name,
+)
+def test_limits_give_every_wanted_frame_whatever_they_leave_out(case: Case, tmp_path: Path) -> None:
+    path = make_clip(case, tmp_path)
+    job = decode.job_for(case, path)
+    everything, least = (CONTENDERS[name]().clip(job) for name in ("limit-a", "limit-b"))
+    assert np.array_equal(everything, least)
+    check = decode.Reference(path).check(decode.thumbnails(least))
+    assert check.good, check
