@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import sys
+import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,8 @@ class TorchCodec(Contender):
     def __init__(self) -> None:
         self._torch = importlib.import_module("torch")
         self._torch.set_num_threads(1)
+        if importlib.import_module("torchcodec").ffmpeg_major_version is None:
+            raise RuntimeError("it finds no FFmpeg whose libraries it can load")
         self._decoders = importlib.import_module("torchcodec.decoders")
         self._transforms = importlib.import_module("torchcodec.transforms")
 
@@ -353,6 +356,11 @@ def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
     return reply | {"cpu_seconds": timing.cpu_seconds, "wall_seconds": timing.wall_seconds}
 
 
+def brief(error: Exception) -> str:
+    """One line of a table's notes: some libraries report pages."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+
+
 def serve(name: str) -> None:
     """Answers requests until stdin ends. The first line out says what was loaded, or why nothing was."""
     # What libraries print must not come between the replies.
@@ -363,7 +371,7 @@ def serve(name: str) -> None:
         contender = kind()
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError)
-        print(json.dumps({"error": f"{type(error).__name__}: {error}", "missing": missing}), file=replies)
+        print(json.dumps({"error": brief(error), "missing": missing}), file=replies)
         return
     version = importlib.metadata.version(kind.requirements[-1])
     hello = {"version": version, "ffmpeg": contender.ffmpeg(), "peak_memory_bytes": peak_memory_bytes()}
@@ -372,7 +380,7 @@ def serve(name: str) -> None:
         try:
             reply = answer(contender, json.loads(line))
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": brief(error)}
         print(json.dumps(reply), file=replies)
 
 

@@ -48,7 +48,7 @@ class Case:
 
 
 _FAMILIES = {
-    "libx264": "H.264", "libx265": "HEVC", "libvpx-vp9": "VP9", "libsvtav1": "AV1", "mpeg4": "MPEG-4"
+    "libx264": "H.264 with B", "libx265": "HEVC", "libvpx-vp9": "VP9", "libsvtav1": "AV1", "mpeg4": "MPEG-4"
 }  # fmt: skip
 
 CASES = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import itertools
 import math
 import queue
 import random
@@ -34,6 +35,8 @@ type Clock = Literal["cpu_seconds", "wall_seconds"]
 
 NUM_FRAMES = 16
 BASE = "pyvdl"
+LIMITS = ("limit-b", "limit-a")
+ALL_FAMILIES = "all"
 MODES = ("cases", "mixed", "batch")
 CLOCKS: dict[Clock, str] = {"cpu_seconds": "CPU time", "wall_seconds": "Wall clock"}
 TOLERANCE_LEVELS = 3.0  # mean absolute difference that other filters and roundings explain
@@ -135,9 +138,9 @@ class Line:
     def values(self, name: str, clock: Clock) -> list[float]:
         return [getattr(timing, clock) for timing in self.timings[name]]
 
-    def ratio(self, name: str, clock: Clock) -> float:
-        """How many times as long as pyvdl it takes."""
-        return ratio(self.values(name, clock), self.values(BASE, clock))
+    def ratio(self, name: str, clock: Clock, base: str = BASE) -> float:
+        """How many times as long as `base` it takes."""
+        return ratio(self.values(name, clock), self.values(base, clock))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What is kept of it, one row a contender."""
@@ -278,6 +281,50 @@ def case_table(lines: Sequence[Line], contenders: Sequence[str], clock: Clock) -
     return format_table(table)
 
 
+@dataclass(frozen=True)
+class FamilyRatio:
+    """How many times as long as a limit a contender takes in the cases of a family: geometric mean."""
+
+    contender: str
+    limit: str
+    family: str
+    clock: Clock
+    cases: tuple[str, ...]  # those that both can do
+    geometric_mean: float
+
+
+def family_ratios(lines: Sequence[Line], contenders: Sequence[str], clock: Clock) -> list[FamilyRatio]:
+    """Of each contender over each limit, in each family of the cases and in all of them."""
+    families = {ALL_FAMILIES: [line for line in lines if line.name in CASES]}
+    for line in families[ALL_FAMILIES]:
+        families.setdefault(CASES[line.name].family, []).append(line)
+    found = []
+    for limit, contender in itertools.product(LIMITS, contenders):
+        for family, members in families.items():
+            both = [line for line in members if contender in line.timings and limit in line.timings]
+            if both and contender != limit:
+                mean = geometric_mean(line.ratio(contender, clock, limit) for line in both)
+                cases = tuple(line.name for line in both)
+                found.append(FamilyRatio(contender, limit, family, clock, cases, mean))
+    return found
+
+
+def family_table(ratios: Sequence[FamilyRatio]) -> str:
+    """One line a contender; in brackets what does not cover all cases of a family."""
+    most: dict[str, int] = {}
+    for found in ratios:
+        most[found.family] = max(len(found.cases), most.get(found.family, 0))
+    table = [["contender", *(f"{family} ({count})" for family, count in most.items())]]
+    for contender in dict.fromkeys(found.contender for found in ratios):
+        cells = dict.fromkeys(most, "-")
+        for found in ratios:
+            if found.contender == contender:
+                text = f"{found.geometric_mean:.2f}"
+                cells[found.family] = text if len(found.cases) == most[found.family] else f"({text})"
+        table.append([contender, *cells.values()])
+    return format_table(table)
+
+
 def batch_table(line: Line) -> str:
     """One line a way of using all cores."""
     table = [["all cores", "clips/s", "time", "CPU ms a clip", "memory MB"]]
@@ -343,17 +390,25 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
         if "mixed" in modes:
             progress(f"mixed: {rounds} rounds")
             lines.append(time_mixed(jobs, group, checks, rounds))
+    rows: list[dict[str, Any]] = []
     if lines:
         for clock, title in CLOCKS.items():
             print(f"\n{title}, ms a clip on one thread, median of {rounds} rounds, and times that of {BASE}:")
             print(case_table(lines, [kind.name for kind in loaded], clock))
+        ratios = [found for clock in CLOCKS for found in family_ratios(lines, [kind.name for kind in loaded], clock)]
+        rows += [{"bench": "decode-ratios", **asdict(found)} for found in ratios]
+        for clock, title in CLOCKS.items():
+            for limit in LIMITS:
+                if chosen := [found for found in ratios if found.limit == limit and found.clock == clock]:
+                    print(f"\n{title} over {limit}, geometric means (cases):\n{family_table(chosen)}")
         print(f"\n{check_report(lines)}")
     if "batch" in modes:
         progress(f"batch: {rounds} rounds")
         lines.append(time_batch(list(jobs.values()), loaded, env["cores"], rounds))
         print(f"\n{batch_table(lines[-1])}")
         print("\n".join(f"{way}: fails: {why}" for way, why in lines[-1].failures.items()))
-    append_rows(out, (row | {"rounds": rounds, "environment": env} for line in lines for row in line.rows()))
+    rows += [row for line in lines for row in line.rows()]
+    append_rows(out, (row | {"rounds": rounds, "environment": env} for row in rows))
     print(f"rows: {out}")
 
 

@@ -117,3 +117,23 @@ def test_limits_give_every_wanted_frame_whatever_they_leave_out(case: Case, tmp_
     assert np.array_equal(everything, least)
     check = decode.Reference(path).check(decode.thumbnails(least))
     assert check.good, check
+
+
+def test_ratios_to_the_limits_are_told_for_each_family_with_the_cases_they_cover() -> None:
+    def line(name: str, **seconds: float) -> decode.Line:
+        return decode.Line(name, {who: [Timing(taken, taken)] for who, taken in seconds.items()}, {}, {})
+
+    lines = [
+        line("h264-240p", **{"pyvdl": 2.0, "limit-a": 4.0, "limit-b": 2.0, "opencv": 6.0}),
+        line("h264-720p", **{"pyvdl": 8.0, "limit-a": 4.0, "limit-b": 2.0, "opencv": 6.0}),
+        line("av1-720p", **{"pyvdl": 2.0, "limit-a": 2.0, "limit-b": 2.0}),
+        line("mixed", **{"pyvdl": 9.0, "limit-a": 1.0, "limit-b": 1.0}),
+    ]
+    found = decode.family_ratios(lines, ["pyvdl", "limit-a", "limit-b", "opencv"], "cpu_seconds")
+    means = {(ratio.contender, ratio.limit, ratio.family): ratio.geometric_mean for ratio in found}
+    assert means["pyvdl", "limit-b", "H.264 with B"] == pytest.approx(2.0)
+    assert means["pyvdl", "limit-a", "H.264 with B"] == pytest.approx(1.0)
+    assert means["pyvdl", "limit-b", "all"] == pytest.approx(4 ** (1 / 3))
+    assert ("opencv", "limit-b", "AV1") not in means
+    table = decode.family_table([ratio for ratio in found if ratio.limit == "limit-b"])
+    assert "(3.00)" in table  # OpenCV's mean over all cases lacks one of them
