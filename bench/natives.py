@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +27,7 @@ def load_limits() -> ctypes.CDLL:
     if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
         _compile([str(source)], target)
     library = ctypes.CDLL(str(target))
-    library.limit_clip.argtypes = [
-        ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p
-    ]  # fmt: skip
+    library.limit_clip.argtypes = [ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
     library.limit_clip.restype = ctypes.c_char_p
     library.limit_open.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
     library.limit_open.restype = ctypes.c_char_p
@@ -35,6 +35,24 @@ def load_limits() -> ctypes.CDLL:
     library.limit_close.restype = None
     library.limit_ffmpeg.argtypes = []
     library.limit_ffmpeg.restype = ctypes.c_char_p
+    return library
+
+
+def load_convert() -> ctypes.CDLL:
+    """convert.cpp with the parts of csrc, compiled as pyvdl's own module is, from what stands there now."""
+    core, target = BUILD / "core", BUILD / "convert.so"
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        raise BuildError("cmake is not installed")
+    _run([cmake, "-S", str(ROOT), "-B", str(core), "-DPYVDL_BUILD_MODULE=OFF", "-DPYVDL_BUILD_TESTS=OFF"])
+    _run([cmake, "--build", str(core), "--target", "pyvdl_core"])
+    sources = [f"-I{ROOT / 'csrc'}", str(ROOT / "bench" / "convert.cpp"), str(core / "libpyvdl_core.a")]
+    _compile(sources, target)
+    library = ctypes.CDLL(str(target))
+    library.convert_pictures.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 9, ctypes.c_void_p]
+    library.convert_pictures.restype = ctypes.c_double
+    library.ffmpeg_version.argtypes = []
+    library.ffmpeg_version.restype = ctypes.c_char_p
     return library
 
 

@@ -13,7 +13,7 @@ from bench.common import Spread, Timing, environment, format_table, geometric_me
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
 pytest.importorskip("av", reason="PyAV is not installed")
 
-from bench import decode, workers
+from bench import convert, decode, workers
 from bench.contenders import CONTENDERS
 from bench.corpus import CASES, Case, make_clip
 
@@ -137,3 +137,15 @@ def test_ratios_to_the_limits_are_told_for_each_family_with_the_cases_they_cover
     assert ("opencv", "limit-b", "AV1") not in means
     table = decode.family_table([ratio for ratio in found if ratio.limit == "limit-b"])
     assert "(3.00)" in table  # OpenCV's mean over all cases lacks one of them
+
+
+def test_reference_conversion_is_exact_where_the_answer_is_known() -> None:
+    kind = convert.Format("tiny", 512, 512, bt709=True)
+    gray = np.full((768, 512), 128, dtype=np.uint8)
+    assert np.allclose(convert.reference(kind, gray), 255 * (128 - 16) / 219)
+    ramp = gray.copy()
+    ramp[:512] = 16 + np.arange(512) % 256 // 2  # luma x / 2 in the left half
+    row = convert.reference(kind, ramp)[100, :100, 1]
+    luma_x = 2 * (16 + np.arange(100)) + 0.5  # where output pixels stand: between two luma pixels
+    # A symmetric filter leaves a straight line where it is; steps of x // 2 lie a quarter below x / 2 on average.
+    assert np.allclose(row, 255 * (luma_x / 2 - 0.25) / 219, atol=0.01)
