@@ -13,7 +13,7 @@ from bench.common import Spread, Timing, environment, format_table, geometric_me
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
 pytest.importorskip("av", reason="PyAV is not installed")
 
-from bench import convert, decode, workers
+from bench import convert, decode, loader, workers
 from bench.contenders import CONTENDERS
 from bench.corpus import CASES, Case, make_clip
 
@@ -149,3 +149,47 @@ def test_reference_conversion_is_exact_where_the_answer_is_known() -> None:
     luma_x = 2 * (16 + np.arange(100)) + 0.5  # where output pixels stand: between two luma pixels
     # A symmetric filter leaves a straight line where it is; steps of x // 2 lie a quarter below x / 2 on average.
     assert np.allclose(row, 255 * (luma_x / 2 - 0.25) / 219, atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    case = Case("groups", ".mp4", "libx264", 128, 96, seconds=1.0, options={"g": "10"})
+    return {case.name: make_clip(case, tmp_path_factory.mktemp("groups"))}
+
+
+def test_options_are_compared_by_time_and_picture(groups: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(loader, "VIEW", {"short_side": 96, "size": 96})
+    (fast,) = loader.compare_quality(groups, 2)
+    assert 20 < fast["psnr_db"] < 100
+    assert fast["times_faster"] > 0
+    (keyframe,) = loader.compare_keyframe(groups, 1)
+    assert {"case", "times_faster", "default_cpu_seconds", "keyframe_cpu_seconds"} <= keyframe.keys()
+    assert "psnr_db" not in keyframe
+
+
+def test_openings_and_threads_are_timed(groups: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "OPENINGS", 2)
+    monkeypatch.setattr(loader, "LATER_CLIPS", 4)
+    monkeypatch.setattr(loader, "VIEW", {"short_side": 96, "size": 96})
+    assert loader.second_key_seconds(groups["groups"]) == pytest.approx(10.5 / 30)
+    (opening,) = loader.time_openings(groups, 1)
+    assert opening["first_ms"]["median"] == pytest.approx(
+        opening["header_ms"]["median"] + opening["first_more_ms"]["median"]
+    )
+    assert opening["header_ms"]["median"] > 0
+    assert "later_ms" in opening
+    (scaling,) = loader.compare_threads(groups, 1)
+    assert scaling["scaling"] > 0
+    assert [path.name for path in groups["groups"].parent.iterdir()] == [groups["groups"].name]  # copies are gone
+
+
+def test_memory_is_told_by_a_process_of_its_own(groups: dict[str, Path]) -> None:
+    ballast = np.ones(64 << 20, dtype=np.uint8)  # of the parent: must not count
+    options = {"num_frames": 4, "short_side": 96, "size": 96}
+    found = loader.footprint([str(groups["groups"])] * 8, 2, [4, 8], options)
+    assert found["slots_bytes"] == 2 * 4 * 96 * 96 * 3
+    assert found["imported_bytes"] < found["loaded_bytes"] <= found["peak_bytes"][0] <= found["peak_bytes"][1]
+    assert found["peak_bytes"][1] - found["imported_bytes"] < ballast.nbytes
+    with pytest.raises(RuntimeError, match="clips failed"):
+        loader.footprint([str(groups["groups"].with_name("missing.mp4"))], 1, [1], options)
