@@ -32,7 +32,7 @@ from bench.common import ratio as median_ratio
 from bench.contenders import SHORT_SIDE, SIZE
 from bench.convert import psnr
 from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
-from bench.decode import NUM_FRAMES
+from bench.decode import NUM_FRAMES, mean_timing
 from bench.natives import BUILD, ROOT, load_limits
 from pyvdl import ClipLoader, ClipRequest, VideoDecoder, sample_clip
 from pyvdl.video import ffmpeg_versions
@@ -113,9 +113,9 @@ def compare_keyframe(paths: dict[str, Path], rounds: int) -> Rows:
 
 
 def time_openings(paths: dict[str, Path], rounds: int) -> Rows:
-    """Wall clock: in the cache of the system, opening is mostly system calls."""
+    """CPU time: the files are in the system's cache, so that opening is work, not waiting."""
     limits = load_limits()
-    table = [["opening, ms", "first", "header alone", "more by", "later clip"]]
+    table = [["opening, CPU ms", "first", "header alone", "more by", "later clip"]]
     rows: Rows = []
     for case, path in paths.items():
         progress(f"open: {case}")
@@ -123,12 +123,12 @@ def time_openings(paths: dict[str, Path], rounds: int) -> Rows:
 
             def run(name: str, i: int, path: Path = path, folder: str = folder) -> Timing:
                 if name == "later":
-                    return Timing(0.0, later_opening(path))
+                    return later_opening(path)
                 copy = copies(path, Path(folder), i)
                 return first_openings(copy) if name == "first" else header_readings(limits, copy)
 
             timings = interleave(["first", "header", "later"], run, rounds)
-        milliseconds = {name: [1000 * timing.wall_seconds for timing in taken] for name, taken in timings.items()}
+        milliseconds = {name: [1000 * timing.cpu_seconds for timing in taken] for name, taken in timings.items()}
         more = Spread.of([first - header for first, header in zip(milliseconds["first"], milliseconds["header"])])
         spreads = {name: Spread.of(values) for name, values in milliseconds.items()}
         cells = [spreads["first"].median, spreads["header"].median, more.median, spreads["later"].median]
@@ -150,31 +150,35 @@ def copies(path: Path, folder: Path, number: int) -> list[Path]:
 
 def first_openings(paths: Sequence[Path]) -> Timing:
     timings = [measure(functools.partial(VideoDecoder, path))[1] for path in paths]
-    return Timing(0.0, sum(timing.wall_seconds for timing in timings) / len(timings))
+    return mean_timing(timings)
 
 
 def header_readings(limits: ctypes.CDLL, paths: Sequence[Path]) -> Timing:
-    seconds = 0.0
+    timings = []
     for path in paths:
         opened = ctypes.c_void_p()
         error, timing = measure(functools.partial(limits.limit_open, os.fsencode(path), ctypes.byref(opened)))
         if error is not None:
             raise RuntimeError(error.decode())
         limits.limit_close(opened)
-        seconds += timing.wall_seconds
-    return Timing(0.0, seconds / len(paths))
+        timings.append(timing)
+    return mean_timing(timings)
 
 
-def later_opening(path: Path) -> float:
-    """Seconds that a clip of a file costs beside its frames, once the loader knows the file.
+def later_opening(path: Path) -> Timing:
+    """What a clip of a file costs beside its frames, once the loader knows the file.
 
     Frames that are key frames cost the same in any clip. With the first key frame in one clip, the second in another,
     and both in a third, the first two clips together open the file once more than the third does, and nothing else is
     different. Batches of one clip, one at a time, keep clips from being decoded together.
     """
     second = second_key_seconds(path)
-    alone = clip_seconds(path, 0.0, 1, second) + clip_seconds(path, second, 1, second)
-    return alone - clip_seconds(path, 0.0, 2, second)
+    first_clip, second_clip = time_clips(path, 0.0, 1, second), time_clips(path, second, 1, second)
+    both = time_clips(path, 0.0, 2, second)
+    return Timing(
+        first_clip.cpu_seconds + second_clip.cpu_seconds - both.cpu_seconds,
+        first_clip.wall_seconds + second_clip.wall_seconds - both.wall_seconds,
+    )
 
 
 def second_key_seconds(path: Path) -> float:
@@ -185,14 +189,14 @@ def second_key_seconds(path: Path) -> float:
     return float(times[1] - times[0]) + 0.5 / FPS
 
 
-def clip_seconds(path: Path, start: float, num_frames: int, step: float) -> float:
+def time_clips(path: Path, start: float, num_frames: int, step: float) -> Timing:
     """Mean time of a clip with frames at start, start + step, ..., the first clip aside."""
     requests = (ClipRequest(path, start_seconds=start, seed=0) for _ in range(LATER_CLIPS + 1))
     options: dict[str, Any] = {"num_frames": num_frames, "sampling": "fps", "fps": 1 / step, "short_clip": "error"}
     with ClipLoader(requests, batch_size=1, prefetch=0, **options, **VIEW) as loader:
         take(loader, 1)
         _, timing = measure(lambda: take(loader, LATER_CLIPS))
-    return timing.wall_seconds / LATER_CLIPS
+    return Timing(timing.cpu_seconds / LATER_CLIPS, timing.wall_seconds / LATER_CLIPS)
 
 
 def take(loader: ClipLoader, count: int) -> None:
@@ -226,19 +230,24 @@ def compare_threads(paths: dict[str, Path], rounds: int) -> Rows:
 
 
 def compare_memory(paths: dict[str, Path], corpus: Path) -> Rows:
-    """For each number of threads, at 1080p; and after many small clips, each a file of its own name."""
+    """For each number of threads, at 1080p; and after many small clips, each a file of its own name.
+
+    A thread's share is told over what the process had after `import pyvdl`, and over what it had once the C++ module
+    and with it FFmpeg's libraries were loaded, which happens once however many threads there are.
+    """
     rows: Rows = []
-    table = [["memory, MB", "import", "C++ module", "peak", "output slots", "a thread", "growth"]]
+    table = [["memory, MB", "import", "C++ module", "peak", "output slots", "a thread", "without module", "growth"]]
     if MEMORY_CASE in paths:
         for threads in THREADS:
             progress(f"memory: {threads} threads")
             many = [str(paths[MEMORY_CASE])] * (MEMORY_CLIPS * threads)
             found = footprint(many, threads, [len(many)], {"num_frames": NUM_FRAMES, **VIEW})
-            more = found["peak_bytes"][-1] - found["imported_bytes"] - found["slots_bytes"]
+            beside = found["peak_bytes"][-1] - found["slots_bytes"]
+            more = [(beside - found[base]) / threads for base in ("imported_bytes", "loaded_bytes")]
             name = f"{MEMORY_CASE}, {threads} thread{'s' if threads > 1 else ''}"
-            table.append([name, *_memory_cells(found), f"{more / threads / 1e6:.1f}", ""])
+            table.append([name, *_memory_cells(found), *(f"{share / 1e6:.1f}" for share in more), ""])
             rows.append({"bench": "loader-memory", "case": MEMORY_CASE, "threads": threads})
-            rows[-1] |= found | {"bytes_a_thread": more / threads}
+            rows[-1] |= found | {"bytes_a_thread": more[0], "bytes_a_thread_without_module": more[1]}
     else:
         print(f"memory a thread: skipped, it needs {MEMORY_CASE}")
     progress(f"memory: {MARKS[-1]} clips")
@@ -246,7 +255,7 @@ def compare_memory(paths: dict[str, Path], corpus: Path) -> Rows:
         many = list(links(make_clip(SMALL, corpus), Path(folder), MARKS[-1]))
         found = footprint(many, THREADS[-1], list(MARKS), SMALL_VIEW)
     growth = found["peak_bytes"][-1] - found["peak_bytes"][0]
-    table.append([f"{MARKS[0]} to {MARKS[-1]} small clips", *_memory_cells(found), "", f"{growth / 1e6:.1f}"])
+    table.append([f"{MARKS[0]} to {MARKS[-1]} small clips", *_memory_cells(found), "", "", f"{growth / 1e6:.1f}"])
     rows.append({"bench": "loader-memory", "case": SMALL.name, "threads": THREADS[-1], "clips": MARKS})
     rows[-1] |= found | {"growth_bytes": growth}
     print(f"\n{format_table(table)}")
