@@ -10,12 +10,14 @@ memory: of a ClipLoader, for each thread, and whether it grows with the number o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -170,14 +172,24 @@ def later_opening(path: Path) -> Timing:
 
     Frames that are key frames cost the same in any clip. With the first key frame in one clip, the second in another,
     and both in a third, the first two clips together open the file once more than the third does, and nothing else is
-    different. Batches of one clip, one at a time, keep clips from being decoded together.
+    different. The three take turns, so that each difference is of neighbours; their median counts. Batches of one clip,
+    one at a time, keep clips from being decoded together.
     """
     second = second_key_seconds(path)
-    first_clip, second_clip = time_clips(path, 0.0, 1, second), time_clips(path, second, 1, second)
-    both = time_clips(path, 0.0, 2, second)
+    differences: list[Timing] = []
+    with contextlib.ExitStack() as stack:
+        loaders = [
+            stack.enter_context(key_frame_loader(path, start, num_frames, second))
+            for start, num_frames in ((0.0, 1), (second, 1), (0.0, 2))
+        ]
+        for i in range(LATER_CLIPS + 1):
+            one, other, both = (measure(functools.partial(take, loader, 1))[1] for loader in loaders)
+            if i > 0:  # not the opening of the file by each loader
+                cpu_seconds = one.cpu_seconds + other.cpu_seconds - both.cpu_seconds
+                differences.append(Timing(cpu_seconds, one.wall_seconds + other.wall_seconds - both.wall_seconds))
     return Timing(
-        first_clip.cpu_seconds + second_clip.cpu_seconds - both.cpu_seconds,
-        first_clip.wall_seconds + second_clip.wall_seconds - both.wall_seconds,
+        statistics.median(difference.cpu_seconds for difference in differences),
+        statistics.median(difference.wall_seconds for difference in differences),
     )
 
 
@@ -189,14 +201,11 @@ def second_key_seconds(path: Path) -> float:
     return float(times[1] - times[0]) + 0.5 / FPS
 
 
-def time_clips(path: Path, start: float, num_frames: int, step: float) -> Timing:
-    """Mean time of a clip with frames at start, start + step, ..., the first clip aside."""
+def key_frame_loader(path: Path, start: float, num_frames: int, step: float) -> ClipLoader:
+    """Clips with the frames shown at start, start + step, ..."""
     requests = (ClipRequest(path, start_seconds=start, seed=0) for _ in range(LATER_CLIPS + 1))
     options: dict[str, Any] = {"num_frames": num_frames, "sampling": "fps", "fps": 1 / step, "short_clip": "error"}
-    with ClipLoader(requests, batch_size=1, prefetch=0, **options, **VIEW) as loader:
-        take(loader, 1)
-        _, timing = measure(lambda: take(loader, LATER_CLIPS))
-    return Timing(timing.cpu_seconds / LATER_CLIPS, timing.wall_seconds / LATER_CLIPS)
+    return ClipLoader(requests, batch_size=1, prefetch=0, **options, **VIEW)
 
 
 def take(loader: ClipLoader, count: int) -> None:
