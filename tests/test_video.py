@@ -697,9 +697,8 @@ def test_a_seed_of_the_loader_serves_requests_without_one(clip: Path) -> None:
 def test_segments_of_one_file_share_their_decoding(folder: Path) -> None:
     path = folder / "segments.mp4"
     write_clip(path, num_frames=100, size=(96, 64), fps=25, gop=50)
-    requests = [
-        pyvdl.ClipRequest(path, start, start + 1.0, seed=i) for i, start in enumerate((3.0, 0.1, 2.0, 1.2, 0.5))
-    ]
+    starts = (3.0, 0.1, 2.0, 1.2, 0.5)
+    requests = [ClipRequest(path, start, start + 1.0, seed=i) for i, start in enumerate(starts)]
     options: dict[str, Any] = {"num_frames": 4, "size": 32, "short_side": 40, "crop": "random", "sampling": "random"}
     alone = [
         sample_clip(path, start_seconds=start, end_seconds=start + 1.0, seed=i, **options).data
