@@ -33,6 +33,7 @@ PacketIndex::PacketIndex(std::vector<IndexEntry> packets, TimeBase time_base, in
                                          [&](int64_t a, int64_t b) { return packet(a).pts == packet(b).pts; });
     if (same != presentation.end()) complete_ = false;
   }
+  for (int64_t i = 0; i < num_packets() && !any_disposable_; ++i) any_disposable_ = disposable(i);
   number_frames(presentation);
 }
 

@@ -75,6 +75,7 @@ class PacketIndex {
   bool packed() const { return packed_; }
   // No other picture needs this packet.
   bool disposable(int64_t ordinal) const;
+  bool any_disposable() const { return any_disposable_; }
   // An error in packet `ordinal` shows in frame `rank`, directly or through references.
   bool spoils(int64_t ordinal, int64_t rank) const;
   // Decoding that starts at packet `start` gives the picture of packet `ordinal` exactly.
@@ -107,6 +108,7 @@ class PacketIndex {
   int reorder_depth_ = 0;
   uint8_t top_layer_ = 0;
   bool packed_ = false;
+  bool any_disposable_ = false;
   bool doubtful_ = false;
   bool complete_ = false;
 };

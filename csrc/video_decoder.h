@@ -25,7 +25,7 @@ struct Limits {
 struct DecoderOptions {
   std::optional<int> stream;  // counts video streams from 0; nothing: the best one
   bool conceal = false;       // give frames that were decoded with errors
-  bool fast = false;          // no loop filter on frames that are not wanted
+  bool fast = false;          // no loop filter on (most) frames that are not wanted
   Limits limits;
 };
 
@@ -152,6 +152,7 @@ class VideoDecoder {
   std::string error_text_;       // of the first of them
   Av1References::Marks needed_;  // of the group
   Av1References::Marks given_;   // in this run
+  int64_t unfiltered_from_ = 0;  // ordinal, with options.fast
   int64_t run_start_ = 0;
   int64_t run_next_ = -1;     // ordinal to give next; -1: no run
   bool draining_ = false;     // the decoder was told that no packet follows
