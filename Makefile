@@ -2,14 +2,15 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/soak/*.cpp tests/soak/*.h)
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test lint soak clean
 
 help:
 	@echo "make demo   set up, then run the whole method on a small corpus of real encoded videos (report in demo/)"
 	@echo "make test   set up, then lint, type check, C++ and Python tests"
 	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
+	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), and look for races and leaks"
 	@echo "make lint   ruff, mypy, clang-format"
 
 env: .venv/.made
@@ -31,6 +32,9 @@ lint: env
 
 test: lint
 	$(PY) -m pytest tests
+
+soak: env
+	$(PY) -m tests.soak
 
 clean:
 	rm -rf build .venv demo
