@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.soak.seeds import write_corpus, write_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,19 +24,37 @@ def tool(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
+    """The folder of the C++ programs, built with every [] of the standard library checked."""
     build = ROOT / "build" / "tests"
     configure = [
         tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         "-DPYVDL_BUILD_MODULE=OFF", "-DPYVDL_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug",
     ]  # fmt: skip
     for command in (configure, [tool("cmake"), "--build", str(build)]):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=500)
-        assert result.returncode == 0, result.stdout + result.stderr
+        run(command)
     return build
+
+
+def run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", ["core", "convert"])
 def test_program(programs: Path, name: str) -> None:
-    result = subprocess.run([programs / f"test_{name}"], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "\n0 failures" in "\n" + result.stdout
+    assert "\n0 failures" in "\n" + run([str(programs / f"test_{name}")])
+
+
+def test_damaged_files_do_no_harm(programs: Path, tmp_path: Path) -> None:
+    """A moment of what `make soak` does at length and under sanitizers."""
+    seeds, corpus = tmp_path / "seeds", tmp_path / "corpus"
+    seeds.mkdir()
+    corpus.mkdir()
+    write_seeds(seeds)
+    write_corpus(seeds, corpus)
+    flags = ["-max_total_time=5", "-seed=1", f"-artifact_prefix={tmp_path}/"]
+    output = run([str(programs / "pyvdl_fuzz"), *flags, str(corpus)])
+    count = re.search(r"executed_units: (\d+)", output)
+    assert count is not None, output
+    assert int(count[1]) > 20, output

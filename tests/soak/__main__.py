@@ -141,8 +141,8 @@ def environment(leaks: bool) -> dict[str, str]:
     address = {
         "detect_leaks": int(leaks),
         "handle_abort": 1,
-        "allocator_may_return_null": 1,  # FFmpeg handles it; `new` reports it
-        "max_allocation_size_mb": 1024,
+        "allocator_may_return_null": 1,  # FFmpeg copes; our own `new` reports it
+        "max_allocation_size_mb": 256,
         "quarantine_size_mb": 16,
     }
     variables = {
