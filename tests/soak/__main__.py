@@ -33,7 +33,7 @@ INPUT_SECONDS = 10  # for one input; the target's own time limit is 3
 OPENINGS = 1000
 GRACE_SECONDS = 120  # after which a program counts as hanging
 
-RUNTIME = re.compile(r"lib(c|m|stdc\+\+|gcc_s|asan|ubsan|lsan|tsan|pthread)\b[^/]*\.so")
+RUNTIME = re.compile(r"/lib(c|m|stdc\+\+|gcc_s|asan|ubsan|lsan|tsan|pthread)[.-]")
 LIBRARY = re.compile(r"/(lib[^/ ]+)\.so")
 OURS = ("/csrc/", "/tests/soak/")
 DRIVERS = ("on_alarm", "fuzzer::", "__interceptor_", "__asan_", "__sanitizer_")
