@@ -64,10 +64,10 @@ class Record:
             if times == 0:
                 kept.write_text(report)
             for path in inputs:
-                if times == 0:
-                    path.rename(FINDINGS / name)
-                else:
+                if (FINDINGS / name).exists():
                     path.unlink()
+                else:
+                    path.rename(FINDINGS / name)
 
     def count(self, owner: str) -> int:
         return sum(found[0] == owner for found in self.found.values())
@@ -163,7 +163,7 @@ def run(command: list[str | Path], seconds: float, leaks: bool = False) -> tuple
         )
     except subprocess.TimeoutExpired as hang:
         return 1, f"ERROR: timeout\n{command} did not end\n{hang.stderr!r}"
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stderr + done.stdout  # the last line is the program's own
 
 
 def fuzz(programs: Path, corpus: Path, seconds: float, record: Record, leaks: bool) -> int:
