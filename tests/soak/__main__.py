@@ -42,7 +42,7 @@ TITLES = (
     re.compile(r"ERROR: (broken promise: .*|timeout)"),
     re.compile(r"Assertion '(.*)' failed"),
     re.compile(r"what\(\):\s+(.*)"),
-    re.compile(r"(?:ERROR|WARNING): \w+: ((?:data race|[\w-]+))"),
+    re.compile(r"(?:ERROR|WARNING): \w+: (data race|detected memory leaks|[\w-]+)"),
 )
 
 
