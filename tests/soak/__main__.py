@@ -184,7 +184,7 @@ def fuzz(programs: Path, corpus: Path, seconds: float, record: Record, leaks: bo
             status, report = run(
                 [
                     programs / "pyvdl_fuzz", f"-max_total_time={int(left)}", f"-seed={seed}",
-                    f"-timeout={INPUT_SECONDS}", f"-artifact_prefix={prefix}", "-print_final_stats=1",
+                    f"-timeout={INPUT_SECONDS}", f"-artifact_prefix={prefix}", "-print_final_stats=1", "-verbosity=0",
                     "-rss_limit_mb=3000", "-malloc_limit_mb=100000", grown,
                 ],
                 left + GRACE_SECONDS,
