@@ -184,8 +184,8 @@ def fuzz(programs: Path, corpus: Path, seconds: float, record: Record, leaks: bo
             status, report = run(
                 [
                     programs / "pyvdl_fuzz", f"-max_total_time={int(left)}", f"-seed={seed}",
-                    f"-timeout={INPUT_SECONDS}", f"-artifact_prefix={prefix}", "-print_final_stats=1", "-verbosity=0",
-                    "-rss_limit_mb=3000", "-malloc_limit_mb=100000", grown,
+                    f"-timeout={INPUT_SECONDS}", f"-artifact_prefix={prefix}", "-print_final_stats=1",
+                    "-verbosity=0", "-print_funcs=0", "-rss_limit_mb=3000", "-malloc_limit_mb=100000", grown,
                 ],
                 left + GRACE_SECONDS,
                 leaks,
