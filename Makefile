@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/soak/*.cpp tests/soak/*.h)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/soak/*.cpp tests/soak/*.h bench/*.cpp)
 
 .PHONY: help env demo test lint soak clean
 

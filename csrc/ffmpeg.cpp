@@ -101,7 +101,8 @@ void Deadline::require() const {
 // Random access to the bytes of a Source; what stands behind FFmpeg's AVIOContext.
 class ByteReader {
  public:
-  ByteReader(const Source& source, int64_t max_bytes, const Deadline& deadline) {
+  // `deadline` is looked at whenever bytes are wanted.
+  ByteReader(const Source& source, int64_t max_bytes, const Deadline& deadline) : deadline_(deadline) {
     if (source.path.empty()) {
       memory_ = source.memory;
       length_ = static_cast<int64_t>(memory_.size());
@@ -114,7 +115,7 @@ class ByteReader {
     if (::fstat(file_, &status) != 0) fail(errno);
     if (S_ISDIR(status.st_mode)) fail(EISDIR);
     if (!S_ISREG(status.st_mode)) {
-      slurp(max_bytes, deadline);
+      slurp(max_bytes);
       return;
     }
     offset_ = source.offset;
@@ -138,6 +139,7 @@ class ByteReader {
     auto& self = *static_cast<ByteReader*>(opaque);
     const int64_t wanted = std::min<int64_t>(count, self.length_ - self.position_);
     if (wanted <= 0) return AVERROR_EOF;
+    if (self.deadline_.expired()) return AVERROR_EXIT;
     if (self.file_ < 0) {
       std::memcpy(target, self.memory_.data() + self.position_, static_cast<size_t>(wanted));
       self.position_ += wanted;
@@ -179,11 +181,11 @@ class ByteReader {
   }
 
   // A pipe cannot be seeked, which the index needs: read it to the end, within the limits of size and time.
-  void slurp(int64_t max_bytes, const Deadline& deadline) {
+  void slurp(int64_t max_bytes) {
     try {
       std::vector<uint8_t> chunk(kIoBufferBytes);
       for (;;) {
-        deadline.require();
+        deadline_.require();
         pollfd wait{file_, POLLIN, 0};
         if (::poll(&wait, 1, 50) <= 0) continue;
         const ssize_t got = ::read(file_, chunk.data(), chunk.size());
@@ -205,6 +207,7 @@ class ByteReader {
     length_ = static_cast<int64_t>(owned_.size());
   }
 
+  const Deadline& deadline_;
   int file_ = -1;
   int64_t offset_ = 0;
   int64_t length_ = 0;
@@ -216,7 +219,7 @@ class ByteReader {
 Input::Input(const Source& source, int64_t max_bytes, const Deadline& deadline) : deadline_(deadline) {
   install_log_once();
   take_log();
-  reader_ = std::make_unique<ByteReader>(source, max_bytes, deadline);
+  reader_ = std::make_unique<ByteReader>(source, max_bytes, deadline_);
   if (reader_->length() == 0) throw Error("header", "no bytes");
 
   auto* buffer = static_cast<uint8_t*>(av_malloc(kIoBufferBytes));

@@ -6,9 +6,9 @@
 #include <utility>
 
 // One body of code for every instruction set, in the compiler's own vectors; the processor's best is chosen at load
-// time. All arithmetic is on integers, so every one gives the same bytes. Sanitizers cannot follow the choice.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && \
-    !defined(PYVDL_NO_CLONES)
+// time. All arithmetic is on integers, so every one gives the same bytes. Sanitizers cannot follow the choice, so their
+// builds define PYVDL_NO_CLONES.
+#if defined(__x86_64__) && defined(__linux__) && !defined(PYVDL_NO_CLONES)
 #define PYVDL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PYVDL_CLONES

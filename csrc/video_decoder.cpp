@@ -207,6 +207,7 @@ std::vector<int64_t> VideoDecoder::decode_order() {
   std::vector<int64_t> output;
   const auto collect = [&] {
     for (;;) {
+      deadline_.require();
       const int code = avcodec_receive_frame(codec_.get(), frame_.get());
       if (code == AVERROR(EAGAIN) || code == AVERROR_EOF) return;
       if (code < 0) continue;
@@ -303,6 +304,7 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
   } catch (...) {
     run_next_ = -1;  // the decoder's state is unknown
     last_asked_ = -1;
+    if (deadline_.expired()) input_.reset();  // FFmpeg's reader remembers that it failed
     throw;
   }
 }
@@ -413,7 +415,8 @@ void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   if (!wanted && index().disposable(ordinal)) return;
   // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
   if (references() && !leave_out_unneeded(ordinal)) return;
-  if (!references() || needed_[*references()->shown_by(ordinal)]) state |= kGiven;
+  const std::optional<size_t> shown = references() ? references()->shown_by(ordinal) : std::nullopt;
+  if (!references() || (shown && needed_[*shown])) state |= kGiven;
   const bool unfiltered = options_.fast && !wanted && ordinal >= unfiltered_from_;
   codec_->skip_loop_filter = unfiltered ? AVDISCARD_ALL : AVDISCARD_DEFAULT;
   packet_->pts = ordinal;  // comes back on the frame and names it
@@ -434,6 +437,10 @@ bool VideoDecoder::leave_out_unneeded(int64_t ordinal) {
   }
   if (kept == last - first) return kept > 0;
   if (kept == 0) return false;
+  if (packet_->size != index().packet(ordinal).size_bytes) {
+    throw Error("read",
+                "packet " + std::to_string(ordinal) + " is not the one that was there when the file was opened");
+  }
   check(av_packet_make_writable(packet_.get()), "decode", "packet");
   auto size = static_cast<size_t>(packet_->size);
   for (size_t frame = last; frame-- > first;) {
@@ -455,17 +462,18 @@ void VideoDecoder::send(const AVPacket* packet, const Sink& sink) {
     code = avcodec_send_packet(codec_.get(), packet);
     if (stats_.frames_decoded == before && code == AVERROR(EAGAIN)) throw Error("decode", "the decoder is stuck");
   }
-  if (code < 0 && code != AVERROR_EOF) note_error(run_next_ - 1, code);
+  if (code < 0 && code != AVERROR_EOF) note_error(std::max<int64_t>(0, run_next_ - 1), code);
   receive(sink);
 }
 
 void VideoDecoder::receive(const Sink& sink) {
   // Frames behind the last wanted one are still looked at for errors, unless they will be asked for next.
   while (outstanding_ > 0 || !follow_) {
+    deadline_.require();
     const int code = avcodec_receive_frame(codec_.get(), frame_.get());
     if (code == AVERROR(EAGAIN) || code == AVERROR_EOF) return;
     if (code < 0) {
-      note_error(run_next_ - 1, code);
+      note_error(std::max<int64_t>(0, run_next_ - 1), code);
       continue;
     }
     ++stats_.frames_decoded;
