@@ -62,6 +62,7 @@ setup(
         "numpy>=2",
         "absl-py>=2",
         "rich>=13",
+        "fsspec>=2025.3",
     ],
     extras_require=EXTRAS,
     ext_modules=[Extension("pyvdl._core", sources=[])],

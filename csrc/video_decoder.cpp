@@ -296,9 +296,10 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
   last_asked_ = ranks.back();
   try {
     if (!input_) open_input();
-    while (!ranks.empty()) {
+    for (int64_t good = 0; !ranks.empty();) {
       const Group group = next_group(ranks);
-      run_group(group, sink);
+      run_group(group, good, sink);
+      good += static_cast<int64_t>(group.ranks.size());
       ranks = ranks.subspan(group.ranks.size());
     }
   } catch (...) {
@@ -343,7 +344,8 @@ Av1References::Marks VideoDecoder::needed_by(const Group& group) const {
   return references()->needed(ordinals);
 }
 
-void VideoDecoder::run_group(const Group& group, const Sink& sink) {
+// `good`: wanted frames that came out before this group, for the error's text.
+void VideoDecoder::run_group(const Group& group, int64_t good, const Sink& sink) {
   int64_t start = group.start;
   attempt(group, resumable(group) ? -1 : start, sink);
   // A wanted frame that stays away although decoding began at an entry that may be too late: begin earlier.
@@ -356,7 +358,10 @@ void VideoDecoder::run_group(const Group& group, const Sink& sink) {
     return;
   }
   for (const int64_t rank : group.ranks) {
-    if (const std::string fault = fault_of(rank); !fault.empty()) throw Error("decode", fault);
+    if (const std::string fault = fault_of(rank); !fault.empty()) {
+      throw Error("decode", fault + " (wanted frames before it that are good: " + std::to_string(good) + ")");
+    }
+    ++good;
   }
 }
 

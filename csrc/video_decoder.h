@@ -117,7 +117,7 @@ class VideoDecoder {
   Group next_group(std::span<const int64_t> ranks) const;
   bool resumable(const Group& group) const;
   Av1References::Marks needed_by(const Group& group) const;
-  void run_group(const Group& group, const Sink& sink);
+  void run_group(const Group& group, int64_t good, const Sink& sink);
   void attempt(const Group& group, int64_t start, const Sink& sink);
   void start_run(int64_t start);
   void feed(int64_t ordinal, const Sink& sink);

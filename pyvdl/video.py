@@ -12,6 +12,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import secrets
 import weakref
 from collections import deque
@@ -19,12 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
-type Source = str | os.PathLike[str] | bytes | FileSlice
+type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 type _Pending = tuple[list[Any], dict[int, str]]  # clips under way, and errors known before
 Sampling = Literal["uniform", "fps", "random", "keyframe"]
 Crop = Literal["center", "random"] | tuple[int, int, int, int]
@@ -33,6 +34,7 @@ Quality = Literal["exact", "fast"]
 Errors = Literal["raise", "conceal"]
 
 _INT64 = (1 << 63) - 1
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PATIENCE_SECONDS = 0.1  # between looks at Ctrl-C while waiting for a batch
 _SEED_STEP = 0xBF58476D1CE4E5B9  # odd, and not SplitMix64's own step, by which streams would overlap
 
@@ -55,6 +57,12 @@ class DecodeError(RuntimeError):
         return f"{where}{self.stage}: {self.message}"
 
 
+class Readable(Protocol):
+    """A file-like object with the bytes of a video; it is read once, from where it stands to its end."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class FileSlice:
     """Part of a file that is a whole video by itself, such as a member of a tar file; read in place."""
@@ -75,7 +83,7 @@ class Limits:
     max_pixels: int = 1 << 26  # of one frame; 8192 x 8192
     max_frames: int = 5_000_000  # of the stream
     max_seconds: float = 7 * 24 * 3600.0  # of the stream
-    max_bytes: int = 4 << 30  # of one result, and of a pipe, which is read to its end
+    max_bytes: int = 4 << 30  # of one result, and of what is read whole: a pipe, a file-like object, a URL
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_frames", "max_bytes"):
@@ -175,7 +183,7 @@ class VideoDecoder:
         options = _decoder_options(stream=stream, errors=errors, quality="exact", limits=limits)
         core = _core()
         with _located(self._path):
-            self._decoder = core.Decoder(_native(source), options)
+            self._decoder = core.Decoder(_native(source, limits), options)
         self._metadata: VideoMetadata | None = None
 
     @property
@@ -318,7 +326,7 @@ def sample_clip(
     )
     request = ClipRequest(source, start_seconds, end_seconds, seed)
     with _located(_name(source)):
-        data, pts_seconds, duration_seconds = _core().sample_clip(*_native_request(request), options)
+        data, pts_seconds, duration_seconds = _core().sample_clip(*_native_request(request, limits), options)
     return FrameBatch(data, _read_only(pts_seconds), _read_only(duration_seconds))
 
 
@@ -379,6 +387,7 @@ class ClipLoader(Iterator[ClipBatch]):
         )
         self._requests = enumerate(requests)
         self._seed = seed
+        self._limits = limits
         self._batch_size = batch_size
         self._prefetch = prefetch
         self._pending: deque[_Pending] = deque()  # keeps the bytes that the threads read from
@@ -415,14 +424,16 @@ class ClipLoader(Iterator[ClipBatch]):
         while len(self._pending) < batches and self._finalizer.alive:
             taken = itertools.islice(self._requests, self._batch_size)
             clips: list[Any] = []
-            refused: dict[int, str] = {}  # row of the batch -> why its path cannot be opened
+            refused: dict[int, str] = {}  # row of the batch -> why its source cannot be opened
             for number, request in taken:
                 request = self._seeded(number, request)
                 try:
-                    clips.append(_native_request(request))
+                    clips.append(_native_request(request, self._limits))
                 except DecodeError as error:
                     refused[len(clips)] = f"{error.stage}: {error.message}"
-                    clips.append(_native_request(replace(request, source=b"")))  # fails, and keeps the row's place
+                    clips.append(
+                        _native_request(replace(request, source=b""), None)
+                    )  # fails, and keeps the row's place
             if not clips:
                 return
             self._loader.submit(clips)
@@ -485,16 +496,49 @@ def _name(source: Source) -> str:
         return f"{os.fspath(source.path)}[{source.offset}:{source.offset + source.length}]"
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
-    raise TypeError(f"a source is a path, bytes or a pyvdl.FileSlice, not {type(source).__name__}")
+    if callable(getattr(source, "read", None)):
+        return str(getattr(source, "name", "<file>"))
+    raise TypeError(
+        f"a source is a path, a URL, bytes, a pyvdl.FileSlice or a file-like object, not {type(source).__name__}"
+    )
 
 
-def _native(source: Source) -> Any:
+def _native(source: Source, limits: Limits | None) -> Any:
     core = _core()
     if isinstance(source, bytes):
         return core.Source.memory(source)
+    if not isinstance(source, (FileSlice, str, os.PathLike)) or _URL.match(_path(source)):
+        return core.Source.memory(_read_whole(source, (limits or Limits()).max_bytes))
     if isinstance(source, FileSlice):
         return core.Source.file(_file_name(source.path), operator.index(source.offset), operator.index(source.length))
     return core.Source.file(_file_name(source), 0, -1)
+
+
+def _path(source: str | os.PathLike[str] | FileSlice) -> str:
+    return os.fspath(source.path if isinstance(source, FileSlice) else source)
+
+
+def _read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:
+    """The bytes of a file-like object, or of what fsspec finds at a URL. Raises DecodeError, whatever goes wrong."""
+    try:
+        if isinstance(source, (FileSlice, str, os.PathLike)):
+            import fsspec
+
+            with fsspec.open(_path(source), "rb") as file:
+                if isinstance(source, FileSlice):
+                    file.seek(source.offset)
+                    data = file.read(min(source.length, max_bytes + 1))
+                else:
+                    data = file.read(max_bytes + 1)
+        else:
+            data = source.read(max_bytes + 1)
+    except Exception as error:  # each file system has errors of its own
+        raise DecodeError(None, "open", f"{type(error).__name__}: {error}") from error
+    if not isinstance(data, bytes):
+        raise DecodeError(None, "open", f"read() gave {type(data).__name__}, not bytes: open the file in binary mode")
+    if len(data) > max_bytes:
+        raise DecodeError(None, "limits", f"more than max_bytes = {max_bytes} bytes to read")
+    return data
 
 
 def _file_name(path: str | os.PathLike[str]) -> bytes:
@@ -510,10 +554,10 @@ def _file_name(path: str | os.PathLike[str]) -> bytes:
     return name
 
 
-def _native_request(request: ClipRequest) -> tuple[Any, float, float | None, int]:
+def _native_request(request: ClipRequest, limits: Limits | None) -> tuple[Any, float, float | None, int]:
     start, end = request.start_seconds, request.end_seconds
     seed = secrets.randbits(64) if request.seed is None else operator.index(request.seed) & (1 << 64) - 1
-    return _native(request.source), float(start), None if end is None else float(end), seed
+    return _native(request.source, limits), float(start), None if end is None else float(end), seed
 
 
 def _whole(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:

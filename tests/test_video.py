@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import fsspec
 import numpy as np
 import pytest
 
@@ -450,6 +451,30 @@ def test_numpy_numbers_are_numbers(clip: Path) -> None:
 # --- sources and faults ---
 
 
+class Broken(io.RawIOBase):
+    def read(self, size: int = -1, /) -> bytes:
+        raise OSError("the link is down")
+
+
+def test_file_like_objects_and_urls_are_read_whole(clip: Path) -> None:
+    wanted = sample_clip(clip, num_frames=3).data
+    fsspec.filesystem("memory").pipe_file("/clip.mp4", b"..." + clip.read_bytes())
+    url = FileSlice("memory://clip.mp4", 3, clip.stat().st_size)
+    for source in (io.BytesIO(clip.read_bytes()), url, clip.as_uri()):
+        assert np.array_equal(sample_clip(source, num_frames=3).data, wanted)
+    bad = [Broken(), io.StringIO("text"), "memory://none.mp4", "nosuch://a/b.mp4", io.BytesIO(bytes(2000))]
+    words = ["the link is down", "binary mode", "none.mp4", "Protocol not known: nosuch", "max_bytes = 1000"]
+    requests = [ClipRequest(source) for source in [*bad, clip]]  # type: ignore[arg-type]
+    limits = Limits(max_bytes=1000)
+    (batch,) = ClipLoader(requests, batch_size=6, num_frames=1, size=16, short_side=16, limits=limits)
+    assert batch.ok.tolist() == [False] * 5 + [True]
+    for error, word in zip(batch.errors, words, strict=False):
+        assert error is not None
+        assert word in error
+    with pytest.raises(DecodeError, match="open: OSError: the link is down"):
+        VideoDecoder(Broken())
+
+
 def test_sources_give_the_same(clip: Path, folder: Path) -> None:
     wanted = sample_clip(clip, num_frames=3).data
     assert np.array_equal(sample_clip(str(clip), num_frames=3).data, wanted)
@@ -465,7 +490,7 @@ def test_sources_give_the_same(clip: Path, folder: Path) -> None:
     assert np.array_equal(sample_clip(inside, num_frames=3).data, wanted)
     with pytest.raises(DecodeError, match="are not inside the file"):
         sample_clip(FileSlice(archive, member.offset_data, 10**9))
-    with pytest.raises(TypeError, match=r"a path, bytes or a pyvdl.FileSlice, not int"):
+    with pytest.raises(TypeError, match=r"a path, a URL, bytes, a pyvdl.FileSlice or a file-like object, not int"):
         sample_clip(3)  # type: ignore[arg-type]
     unusual = folder / os.fsdecode(b"caf\xe9 \xff.mp4")
     unusual.write_bytes(clip.read_bytes())
