@@ -7,6 +7,7 @@ B-frame pyramid, quality), since those, not the pictures, decide how many frames
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -93,9 +94,19 @@ def make_clip(case: Case, folder: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def same_priority() -> Iterator[None]:
+    """SVT-AV1 moves the thread that starts it to a real-time policy where it may; threads and processes inherit that."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def _encode(case: Case, path: Path) -> None:
     high_definition = case.height >= 720
-    with av.open(str(path), "w") as container:
+    with same_priority(), av.open(str(path), "w") as container:
         stream = cast(av.VideoStream, container.add_stream(case.encoder, rate=FPS, options=dict(case.options)))
         stream.width, stream.height, stream.pix_fmt = case.width, case.height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, FPS)

@@ -10,6 +10,8 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from bench.corpus import same_priority
+
 
 def moving_texture(num_frames: int, size: tuple[int, int], seed: int = 0) -> list[npt.NDArray[np.uint8]]:
     """Frames uint8[H, W, 3] of a smooth random texture that drifts; `size` is (width, height)."""
@@ -47,7 +49,7 @@ def write_clip(
     images = frames or moving_texture(num_frames, size, seed)
     if codec == "libx265":
         options = {"x265-params": "log-level=none"} | (options or {})
-    with av.open(str(path), "w", container_options=container_options or {}) as container:
+    with same_priority(), av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options or {}))
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
