@@ -96,7 +96,7 @@ def make_clip(case: Case, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def same_priority() -> Iterator[None]:
-    """SVT-AV1 moves the thread that starts it to a real-time policy where it may; threads and processes inherit that."""
+    """SVT-AV1 moves the thread that starts it to a real-time policy where it may; new threads would inherit that."""
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
