@@ -16,9 +16,13 @@ bool container_is(const AVFormatContext& format, const char* name) {
   return std::strstr(format.iformat->name, name) != nullptr;
 }
 
+bool is_mp4_or_matroska(const AVFormatContext& format) {
+  return container_is(format, "mov") || container_is(format, "matroska");
+}
+
 // mp4, mov, mkv and webm describe their streams in the header; for others FFmpeg must look into the packets.
 bool header_suffices(const AVFormatContext& format) {
-  if (!container_is(format, "mov") && !container_is(format, "matroska")) return false;
+  if (!is_mp4_or_matroska(format)) return false;
   for (unsigned i = 0; i < format.nb_streams; ++i) {
     const AVCodecParameters& p = *format.streams[i]->codecpar;
     if (p.codec_type != AVMEDIA_TYPE_VIDEO) continue;
@@ -32,7 +36,7 @@ bool header_suffices(const AVFormatContext& format) {
 bool times_are_doubtful(const AVFormatContext& format, const AVCodecParameters& parameters) {
   const bool interlaced = parameters.field_order != AV_FIELD_UNKNOWN && parameters.field_order != AV_FIELD_PROGRESSIVE;
   if (interlaced && (parameters.codec_id == AV_CODEC_ID_H264 || parameters.codec_id == AV_CODEC_ID_HEVC)) return true;
-  return !container_is(format, "mov") && !container_is(format, "matroska") && !container_is(format, "flv");
+  return !is_mp4_or_matroska(format) && !container_is(format, "flv");
 }
 
 std::string name_or_unknown(const char* name) { return name ? name : "unknown"; }
@@ -106,6 +110,10 @@ void VideoDecoder::open_input() {
   }
   stream_ = videos[static_cast<size_t>(wanted)];
   stream_->discard = AVDISCARD_DEFAULT;
+  const AVCodecID codec = stream_->codecpar->codec_id;
+  if (is_mp4_or_matroska(*format) && (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC)) {
+    format->flags |= AVFMT_FLAG_NOPARSE;  // PacketInspector finds the entries, at a fraction of the parser's time
+  }
   orientation_ = orientation_of(*stream_);
   const int64_t pixels = static_cast<int64_t>(stream_->codecpar->width) * stream_->codecpar->height;
   if (pixels > options_.limits.max_pixels) {
@@ -148,10 +156,11 @@ void VideoDecoder::open_codec(int reorder_depth, bool unrecovered) {
 StreamIndex VideoDecoder::scan_packets() {
   StreamIndex made;
   const AVCodecParameters& parameters = *stream_->codecpar;
-  const PacketInspector inspector(parameters.codec_id,
+  const AVCodecID codec = parameters.codec_id;
+  const PacketInspector inspector(codec,
                                   {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))});
   std::vector<IndexEntry> packets;
-  if (parameters.codec_id == AV_CODEC_ID_AV1) made.references.emplace();
+  if (codec == AV_CODEC_ID_AV1) made.references.emplace();
   int code = 0;
   for (;;) {
     deadline_.require();
@@ -167,6 +176,7 @@ StreamIndex VideoDecoder::scan_packets() {
     entry.key = packet_->flags & AV_PKT_FLAG_KEY;
     entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
+    entry.key |= entry.facts.entry != Entry::none && (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC);
     entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
     if (made.references) made.references->add({packet_->data, static_cast<size_t>(packet_->size)});
     if (packets.empty())
@@ -415,7 +425,7 @@ void VideoDecoder::start_run(int64_t start) {
 void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   uint8_t& state = state_[static_cast<size_t>(ordinal)];
   const PacketFacts& facts = index().packet(ordinal).facts;
-  if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA);
+  if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA, "NAL unit size beyond the packet, or a corrupt packet");
   const bool wanted = (state & kWanted) || (follow_ && index().rank(ordinal) >= first_wanted_);
   if (!wanted && index().disposable(ordinal)) return;
   // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
@@ -497,10 +507,10 @@ void VideoDecoder::receive(const Sink& sink) {
   }
 }
 
-void VideoDecoder::note_error(int64_t ordinal, int code) {
+void VideoDecoder::note_error(int64_t ordinal, int code, const char* cause) {
   errors_.push_back(ordinal);
   if (!error_text_.empty()) return;
-  error_text_ = take_log();
+  error_text_ = cause ? cause : take_log();
   if (error_text_.empty()) {
     char text[AV_ERROR_MAX_STRING_SIZE] = {};
     av_strerror(code, text, sizeof(text));

@@ -124,7 +124,7 @@ class VideoDecoder {
   bool leave_out_unneeded(int64_t ordinal);
   void send(const AVPacket* packet, const Sink& sink);
   void receive(const Sink& sink);
-  void note_error(int64_t ordinal, int code);
+  void note_error(int64_t ordinal, int code, const char* cause = nullptr);
   std::string fault_of(int64_t rank) const;  // empty: the frame came out, without errors
   void conceal_missing(const Group& group, const Sink& sink);
 
