@@ -6,6 +6,7 @@ falls on all of them alike. This module imports the standard library alone: work
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import math
@@ -118,11 +119,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines."""
+def append_rows(path: Path, run: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds a run to a file of JSON lines: one line on the run itself, then its rows, which name it by its time."""
+    name = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps({"run": name} | dict(row)) + "\n" for row in (run, *rows))
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -84,7 +84,7 @@ def filter_matrix(samples: int, step: float, first: float, count: int) -> npt.ND
 
 
 def reference(kind: Format, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """float64[SIZE, SIZE, 3] of a picture of make_pictures()."""
+    """float64[SIZE, SIZE, 3] of a picture of make_pictures(): chroma is made full size first, then all resized."""
     steps, origins = [], []  # of output pixels in luma pixels: down, right
     for full, resized in zip((kind.height, kind.width), kind.resized[::-1]):
         steps.append(full / resized)
@@ -95,10 +95,11 @@ def reference(kind: Format, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.fl
     planes += list(flat[luma_size:].reshape(2, kind.height // 2, kind.width // 2))
     resampled = []
     for i, plane in enumerate(planes):
-        sampling = 2 if i else 1
-        below, aside = (0.5, 0.0) if i else (0.0, 0.0)  # where the first sample stands, in luma pixels
-        down = filter_matrix(plane.shape[0], steps[0] / sampling, (origins[0] - below) / sampling, SIZE)
-        right = filter_matrix(plane.shape[1], steps[1] / sampling, (origins[1] - aside) / sampling, SIZE)
+        down = filter_matrix(kind.height, steps[0], origins[0], SIZE)
+        right = filter_matrix(kind.width, steps[1], origins[1], SIZE)
+        if i:  # the first sample stands half a luma pixel below that of luma, and not beside it
+            down = down @ filter_matrix(plane.shape[0], 0.5, -0.25, kind.height)
+            right = right @ filter_matrix(plane.shape[1], 0.5, 0.0, kind.width)
         resampled.append(down @ plane.astype(np.float64) @ right.T)
     red, blue = (0.2126, 0.0722) if kind.bt709 else (0.299, 0.114)
     y = (resampled[0] - 16) / 219
@@ -156,10 +157,10 @@ def run(rounds: int, out: Path) -> None:
             row = {"bench": "convert", "case": kind.name, "contender": name, "psnr_db": quality[name]}
             row["cpu_seconds"] = asdict(Spread.of(seconds[name]))
             row["cpu_seconds_ratio"] = ratio(seconds[name], seconds["pyvdl"])
-            rows.append(row | {"rounds": rounds, "environment": env})
+            rows.append(row)
     print(f"\nyuv420p to {SIZE} x {SIZE} RGB24, CPU time, median of {rounds} rounds; dB to exact arithmetic:")
     print(format_table(table))
-    append_rows(out, rows)
+    append_rows(out, {"rounds": rounds, "environment": env}, rows)
     print(f"rows: {out}")
 
 

@@ -408,7 +408,7 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
         print(f"\n{batch_table(lines[-1])}")
         print("\n".join(f"{way}: fails: {why}" for way, why in lines[-1].failures.items()))
     rows += [row for line in lines for row in line.rows()]
-    append_rows(out, (row | {"rounds": rounds, "environment": env} for row in rows))
+    append_rows(out, {"rounds": rounds, "environment": env}, rows)
     print(f"rows: {out}")
 
 

@@ -332,7 +332,7 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
         rows += compare_threads(paths, rounds)
     if "memory" in modes:
         rows += compare_memory(paths, corpus)
-    append_rows(out, (row | {"rounds": rounds, "environment": env} for row in rows))
+    append_rows(out, {"rounds": rounds, "environment": env}, rows)
     print(f"rows: {out}")
 
 

@@ -5,7 +5,7 @@
 namespace pyvdl {
 namespace {
 
-constexpr int64_t kMaxPackets = 1 << 16;  // about 10 MB
+constexpr int64_t kMaxPackets = 1 << 14;  // about 5 MB
 
 }  // namespace
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.common import Spread, Timing, environment, format_table, geometric_mean, interleave, ratio
+from bench.common import Spread, Timing, append_rows, environment, format_table, geometric_mean, interleave, ratio
 
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
 pytest.importorskip("av", reason="PyAV is not installed")
@@ -23,6 +24,16 @@ CASE = Case("tiny", ".mp4", "libx264", 320, 256, seconds=2.0)
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(CASE, tmp_path_factory.mktemp("bench"))
+
+
+def test_rows_of_a_run_name_it_and_the_machine_is_told_once(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "rows.jsonl"
+    for rounds in (1, 2):
+        append_rows(out, {"rounds": rounds, "environment": {"cores": 2}}, [{"case": "a"}, {"case": "b"}])
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line.get("rounds", line.get("case")) for line in lines] == [1, "a", "b", 2, "a", "b"]
+    assert all("T" in line["run"] for line in lines)
+    assert "environment" not in lines[1]
 
 
 def test_environment_names_machine_and_versions() -> None:
