@@ -246,6 +246,8 @@ void ClipLoader::decode(Job& job, const Group& group, Worker& worker) {
       call();
     } catch (const Error& fault) {
       job.batch->errors[number] = fault.stage() + ": " + fault.what();
+    } catch (const std::exception& fault) {  // no memory, for one: the other clips keep what they have
+      job.batch->errors[number] = std::string("decode: ") + fault.what();
     }
   };
   for (const size_t number : group) {
@@ -261,7 +263,7 @@ void ClipLoader::decode(Job& job, const Group& group, Worker& worker) {
     try {
       decode_clips(*worker.decoder, clips, options_, worker.converter);
       return;
-    } catch (const Error&) {  // each by itself, to find out whose it is
+    } catch (const std::exception&) {  // each by itself, to find out whose it is
     }
   }
   for (size_t i = 0; i < clips.size(); ++i) {

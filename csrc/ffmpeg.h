@@ -16,6 +16,7 @@ extern "C" {
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <span>
@@ -43,6 +44,10 @@ int check(int code, std::string_view stage, std::string_view what);
 // What FFmpeg logged as an error on this thread since the last call; empties the record.
 std::string take_log();
 bool has_log();
+
+inline bool container_is(const AVFormatContext& format, const char* name) {
+  return std::strstr(format.iformat->name, name) != nullptr;
+}
 
 struct FormatCloser {
   void operator()(AVFormatContext* p) const { avformat_close_input(&p); }
