@@ -6,6 +6,7 @@ falls on all of them alike. This module imports the standard library alone: work
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -14,11 +15,14 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,38 @@ def append_rows(path: Path, run: Mapping[str, Any], rows: Iterable[Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"run": name} | dict(row)) + "\n" for row in (run, *rows))
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parser_of(
+    program: str, description: str, cases: Iterable[str], modes: Sequence[str], told: str
+) -> argparse.ArgumentParser:
+    """The arguments that benchmarks over the corpus share; `told` is the help of `modes`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    names = list(cases)
+    help_of_cases = f"clips to decode, of {', '.join(names)}"
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=help_of_cases)
+    parser.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help=told)
+    parser.add_argument("--rounds", type=_at_least_one, default=5, help="times that everybody does everything")
+    parser.add_argument(
+        "--corpus", type=Path, default=ROOT / "build" / "bench" / "decode", help="folder in which the clips are kept"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "decode.jsonl", help="file that rows are added to"
+    )
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,14 +6,12 @@ take turns at every clip, and what they deliver is held against a full decode, s
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import itertools
 import math
 import queue
 import random
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,20 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from bench.common import Spread, Timing, append_rows, environment, format_table, geometric_mean, interleave, ratio
+from bench.common import (
+    Spread,
+    Timing,
+    append_rows,
+    environment,
+    format_table,
+    geometric_mean,
+    interleave,
+    parser_of,
+    progress,
+    ratio,
+)
 from bench.contenders import CONTENDERS, SHORT_SIDE, SIZE, THUMB_FACTOR, Contender, Job, center, thumbnails
 from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
-from bench.natives import BUILD, ROOT
 from bench.workers import ContenderError, Worker, set_up_peers
 
 type Clock = Literal["cpu_seconds", "wall_seconds"]
@@ -412,43 +420,19 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
     print(f"rows: {out}")
 
 
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.decode",
-        description="Times pyvdl's decoder against its peers on sparse clips and checks everybody's frames against a "
-        "full decode. The clips are made at the first run, which takes some minutes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(
+        "bench.decode",
+        "Times pyvdl's decoder against its peers on sparse clips and checks everybody's frames against a full decode. "
+        "The clips are made at the first run, which takes some minutes.",
+        CASES,
+        MODES,
+        "cases: each clip by itself; mixed: another clip with every request; batch: all clips on all cores",
     )
     parser.add_argument(
         "--setup", action="store_true", help="install the peers into build/bench/peers (several GB with torch) and stop"
     )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="CASE",
-        help=f"clips to decode, of {', '.join(CASES)}",
-    )
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=list(MODES),
-        help="cases: each clip by itself; mixed: another clip with every request; batch: all clips on all cores",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
-    parser.add_argument("--corpus", type=Path, default=BUILD / "decode", help="folder in which the clips are kept")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "decode.jsonl", help="file that rows are added to"
-    )
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, not {options.rounds}")
     if options.setup:
         set_up_peers()
     else:

@@ -9,7 +9,6 @@ memory: of a ClipLoader, for each thread, and whether it grows with the number o
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -29,13 +28,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.common import Spread, Timing, append_rows, environment, format_table, geometric_mean, interleave, measure
+from bench.common import (
+    Spread,
+    Timing,
+    append_rows,
+    environment,
+    format_table,
+    geometric_mean,
+    interleave,
+    measure,
+    parser_of,
+    progress,
+)
 from bench.common import ratio as median_ratio
 from bench.contenders import SHORT_SIDE, SIZE
 from bench.convert import psnr
 from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
 from bench.decode import NUM_FRAMES, mean_timing
-from bench.natives import BUILD, ROOT, load_limits
+from bench.natives import ROOT, load_limits
 from pyvdl import ClipLoader, ClipRequest, VideoDecoder, sample_clip
 from pyvdl.video import ffmpeg_versions
 
@@ -336,33 +346,9 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
     print(f"rows: {out}")
 
 
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.loader",
-        description="Times what pyvdl's options and its loader give. The clips are those of bench.decode.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="CASE",
-        help=f"clips to decode, of {', '.join(CASES)}",
-    )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what to compare")
-    parser.add_argument("--rounds", type=int, default=5, help="times that everything is done")
-    parser.add_argument("--corpus", type=Path, default=BUILD / "decode", help="folder in which the clips are kept")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "decode.jsonl", help="file that rows are added to"
-    )
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, not {options.rounds}")
+    description = "Times what pyvdl's options and its loader give. The clips are those of bench.decode."
+    options = parser_of("bench.loader", description, CASES, MODES, "what to compare").parse_args(arguments)
     run(options.cases, options.modes, options.rounds, options.corpus, options.out)
 
 

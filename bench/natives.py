@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.common import ROOT
+
 BUILD = ROOT / "build" / "bench"
 FFMPEG = ("libavformat", "libavcodec", "libavutil", "libswscale")
 
