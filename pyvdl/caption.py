@@ -24,6 +24,7 @@ from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.generate import Samples, generate
 from pyvdl.models.vlm import VLM
+from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT, PAD_ID, WordTokenizer
 from pyvdl.video import ClipLoader, ClipRequest
 
@@ -256,7 +257,7 @@ def _digest(records: Iterable[Record]) -> str:
     for r in records:
         # However the path was spelled, it is the same job. Not by content: to read millions of videos at each start
         # would take as long as the job. Links are not followed, since one may come to lead to another video.
-        digest.update(json.dumps([r.key, os.path.abspath(r.video), r.start_seconds, r.end_seconds]).encode())
+        digest.update(json.dumps([r.key, absolute(r.video), r.start_seconds, r.end_seconds]).encode())
     return digest.hexdigest()
 
 

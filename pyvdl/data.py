@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from pyvdl.config import ClipConfig
+from pyvdl.sources import is_url
 
 Family = Literal["temporal", "causal", "short"]
 Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
@@ -58,7 +59,8 @@ _NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
-    """Reads a JSONL manifest, one object for each clip; a relative video path is relative to the manifest's folder.
+    """Reads a JSONL manifest, one object for each clip; a relative video path is relative to the manifest's folder;
+    a URL stays as it is.
 
     Raises ValueError naming file, line and what was expected there.
     """
@@ -114,7 +116,7 @@ def _parse_record(text: str, folder: Path) -> Record:
     _check("questions", questions, _is_list_of(questions, dict), "a list of objects")
     values = {name: value for name, value in found.items() if name in _NAMED}
     values |= {
-        "video": os.path.normpath(folder / found["video"]),
+        "video": found["video"] if is_url(found["video"]) else os.path.normpath(folder / found["video"]),
         "start_seconds": float(start),
         "end_seconds": None if end is None else float(end),
         "captions": tuple(captions),
@@ -148,11 +150,10 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _to_json(record: Record, folder: Path) -> dict[str, Any]:
-    video = Path(record.video).absolute()
-    result: dict[str, Any] = {
-        "key": record.key,
-        "video": os.fspath(video.relative_to(folder) if video.is_relative_to(folder) else video),
-    }
+    result: dict[str, Any] = {"key": record.key, "video": record.video}
+    if not is_url(record.video):
+        video = Path(record.video).absolute()
+        result["video"] = os.fspath(video.relative_to(folder) if video.is_relative_to(folder) else video)
     for field in dataclasses.fields(Record):
         value = getattr(record, field.name)
         if field.name in _NAMED and field.name not in result and value != field.default:

@@ -26,6 +26,7 @@ from pyvdl.data import Batches, Encode, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
@@ -222,6 +223,6 @@ def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         # Texts by content, videos by their absolute path, for the reasons that the digest of a captioning job gives.
-        fields = dataclasses.asdict(record) | {"video": os.path.abspath(record.video)}
+        fields = dataclasses.asdict(record) | {"video": absolute(record.video)}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -9,10 +9,8 @@ import contextlib
 import importlib
 import itertools
 import math
-import numbers
 import operator
 import os
-import re
 import secrets
 import weakref
 from collections import deque
@@ -20,12 +18,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import ModuleType
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
-type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
+from pyvdl.checks import choice, has_length, real, whole
+from pyvdl.sources import (
+    DecodeError,
+    FileSlice,
+    Limits,
+    Source,
+    file_name,
+    is_url,
+    read_whole,
+    source_name,
+)
+
 type _Pending = tuple[list[Any], dict[int, str]]  # clips under way, and errors known before
 Sampling = Literal["uniform", "fps", "random", "keyframe"]
 Crop = Literal["center", "random"] | tuple[int, int, int, int]
@@ -33,63 +42,8 @@ ShortClip = Literal["repeat_last", "loop", "error"]
 Quality = Literal["exact", "fast"]
 Errors = Literal["raise", "conceal"]
 
-_INT64 = (1 << 63) - 1
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PATIENCE_SECONDS = 0.1  # between looks at Ctrl-C while waiting for a batch
 _SEED_STEP = 0xBF58476D1CE4E5B9  # odd, and not SplitMix64's own step, by which streams would overlap
-
-
-class DecodeError(RuntimeError):
-    """A medium that cannot be decoded as asked.
-
-    `path` names the source ("<bytes>" for memory), `stage` is where it failed (open, header, stream, codec, read,
-    decode, convert, sample, limits or timeout), `message` says why, in FFmpeg's words where they help.
-    """
-
-    def __init__(self, path: str | None, stage: str, message: str) -> None:
-        super().__init__(path, stage, message)
-        self.path = path
-        self.stage = stage
-        self.message = message
-
-    def __str__(self) -> str:
-        where = "" if self.path is None else f"{self.path}: "
-        return f"{where}{self.stage}: {self.message}"
-
-
-class Readable(Protocol):
-    """A file-like object with the bytes of a video; it is read once, from where it stands to its end."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """Part of a file that is a whole video by itself, such as a member of a tar file; read in place."""
-
-    path: str | os.PathLike[str]
-    offset: int  # first byte
-    length: int  # bytes
-
-    def __post_init__(self) -> None:
-        _whole("offset", self.offset, 0, _INT64)
-        _whole("length", self.length, 0, _INT64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Guards against files that would take too much memory or time; what exceeds them is a DecodeError."""
-
-    max_pixels: int = 1 << 26  # of one frame; 8192 x 8192
-    max_frames: int = 5_000_000  # of the stream
-    max_seconds: float = 7 * 24 * 3600.0  # of the stream
-    max_bytes: int = 4 << 30  # of one result, and of what is read whole: a pipe, a file-like object, a URL
-
-    def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_frames", "max_bytes"):
-            _whole(name, getattr(self, name), 1, _INT64)
-        if not _real("max_seconds", self.max_seconds) > 0:
-            raise ValueError(f"max_seconds must be above 0, not {self.max_seconds!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +92,11 @@ class ClipRequest:
 
     def __post_init__(self) -> None:
         """Refuses here what can be known here, so that no batch is lost to a request that cannot be meant."""
-        _name(self.source)
+        source_name(self.source)
         start, end = self.start_seconds, self.end_seconds
-        if not (math.isfinite(_real("start_seconds", start)) and start >= 0):
+        if not (math.isfinite(real("start_seconds", start)) and start >= 0):
             raise ValueError(f"start_seconds must be finite and not negative, it is {start!r}")
-        if end is not None and not _real("end_seconds", end) > start:
+        if end is not None and not real("end_seconds", end) > start:
             raise ValueError(f"end_seconds must be above start_seconds = {start!r}, it is {end!r}")
         if self.seed is not None:
             operator.index(self.seed)  # NumPy's integers, too
@@ -179,7 +133,7 @@ class VideoDecoder:
     def __init__(
         self, source: Source, *, stream: int | None = None, errors: Errors = "raise", limits: Limits | None = None
     ) -> None:
-        self._path = _name(source)
+        self._path = source_name(source)
         options = _decoder_options(stream=stream, errors=errors, quality="exact", limits=limits)
         core = _core()
         with _located(self._path):
@@ -325,7 +279,7 @@ def sample_clip(
         timeout_seconds=timeout_seconds,
     )
     request = ClipRequest(source, start_seconds, end_seconds, seed)
-    with _located(_name(source)):
+    with _located(source_name(source)):
         data, pts_seconds, duration_seconds = _core().sample_clip(*_native_request(request, limits), options)
     return FrameBatch(data, _read_only(pts_seconds), _read_only(duration_seconds))
 
@@ -367,9 +321,9 @@ class ClipLoader(Iterator[ClipBatch]):
         timeout_seconds: float | None = None,
         seed: int | None = None,
     ) -> None:
-        batch_size = _whole("batch_size", batch_size, 1)
-        num_threads = _whole("num_threads", num_threads, 1)
-        prefetch = _whole("prefetch", prefetch, 0)
+        batch_size = whole("batch_size", batch_size, 1)
+        num_threads = whole("num_threads", num_threads, 1)
+        prefetch = whole("prefetch", prefetch, 0)
         options = _clip_options(
             num_frames=num_frames,
             sampling=sampling,
@@ -431,9 +385,7 @@ class ClipLoader(Iterator[ClipBatch]):
                     clips.append(_native_request(request, self._limits))
                 except DecodeError as error:
                     refused[len(clips)] = f"{error.stage}: {error.message}"
-                    clips.append(
-                        _native_request(replace(request, source=b""), None)
-                    )  # fails, and keeps the row's place
+                    clips.append(_native_request(replace(request, source=b""), None))  # fails, in its place
             if not clips:
                 return
             self._loader.submit(clips)
@@ -489,69 +441,15 @@ class _located:
             raise DecodeError(self._path, error.stage, error.message) from None
 
 
-def _name(source: Source) -> str:
-    if isinstance(source, bytes):
-        return "<bytes>"
-    if isinstance(source, FileSlice):
-        return f"{os.fspath(source.path)}[{source.offset}:{source.offset + source.length}]"
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    if callable(getattr(source, "read", None)):
-        return str(getattr(source, "name", "<file>"))
-    raise TypeError(
-        f"a source is a path, a URL, bytes, a pyvdl.FileSlice or a file-like object, not {type(source).__name__}"
-    )
-
-
 def _native(source: Source, limits: Limits | None) -> Any:
     core = _core()
     if isinstance(source, bytes):
         return core.Source.memory(source)
-    if not isinstance(source, (FileSlice, str, os.PathLike)) or _URL.match(_path(source)):
-        return core.Source.memory(_read_whole(source, (limits or Limits()).max_bytes))
+    if not isinstance(source, (FileSlice, str, os.PathLike)) or is_url(source):
+        return core.Source.memory(read_whole(source, (limits or Limits()).max_bytes))
     if isinstance(source, FileSlice):
-        return core.Source.file(_file_name(source.path), operator.index(source.offset), operator.index(source.length))
-    return core.Source.file(_file_name(source), 0, -1)
-
-
-def _path(source: str | os.PathLike[str] | FileSlice) -> str:
-    return os.fspath(source.path if isinstance(source, FileSlice) else source)
-
-
-def _read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:
-    """The bytes of a file-like object, or of what fsspec finds at a URL. Raises DecodeError, whatever goes wrong."""
-    try:
-        if isinstance(source, (FileSlice, str, os.PathLike)):
-            import fsspec
-
-            with fsspec.open(_path(source), "rb") as file:
-                if isinstance(source, FileSlice):
-                    file.seek(source.offset)
-                    data = file.read(min(source.length, max_bytes + 1))
-                else:
-                    data = file.read(max_bytes + 1)
-        else:
-            data = source.read(max_bytes + 1)
-    except Exception as error:  # each file system has errors of its own
-        raise DecodeError(None, "open", f"{type(error).__name__}: {error}") from error
-    if not isinstance(data, bytes):
-        raise DecodeError(None, "open", f"read() gave {type(data).__name__}, not bytes: open the file in binary mode")
-    if len(data) > max_bytes:
-        raise DecodeError(None, "limits", f"more than max_bytes = {max_bytes} bytes to read")
-    return data
-
-
-def _file_name(path: str | os.PathLike[str]) -> bytes:
-    """The path as the system takes it. To C a path ends at its first NUL byte: another file would be opened."""
-    try:
-        name = os.fsencode(path)
-    except UnicodeEncodeError:
-        raise DecodeError(None, "open", f"no file can have the name {os.fspath(path)!r}") from None
-    if not name:
-        raise DecodeError(None, "open", "the path is empty")
-    if b"\0" in name:
-        raise DecodeError(None, "open", f"the path holds a NUL byte: {os.fspath(path)!r}")
-    return name
+        return core.Source.file(file_name(source.path), operator.index(source.offset), operator.index(source.length))
+    return core.Source.file(file_name(source), 0, -1)
 
 
 def _native_request(request: ClipRequest, limits: Limits | None) -> tuple[Any, float, float | None, int]:
@@ -560,39 +458,12 @@ def _native_request(request: ClipRequest, limits: Limits | None) -> tuple[Any, f
     return _native(request.source, limits), float(start), None if end is None else float(end), seed
 
 
-def _whole(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
-    """`value` as an int; NumPy's integers pass, floats and truth values do not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, not {number}")
-    return number
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    return float(value)
-
-
-def _has_length(value: object, length: int) -> bool:
-    return isinstance(value, tuple | list | np.ndarray) and len(value) == length
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-
 def _decoder_options(*, stream: int | None, errors: Errors, quality: Quality, limits: Limits | None) -> Any:
-    _choice("errors", errors, ("raise", "conceal"))
-    _choice("quality", quality, ("exact", "fast"))
+    choice("errors", errors, ("raise", "conceal"))
+    choice("quality", quality, ("exact", "fast"))
     bounds = Limits() if limits is None else limits
     return _core().DecoderOptions(
-        stream=None if stream is None else _whole("stream", stream, 0),
+        stream=None if stream is None else whole("stream", stream, 0),
         conceal=errors == "conceal",
         fast=quality == "fast",
         max_pixels=operator.index(bounds.max_pixels),
@@ -618,32 +489,32 @@ def _clip_options(
     limits: Limits | None,
     timeout_seconds: float | None,
 ) -> Any:
-    _choice("sampling", sampling, ("uniform", "fps", "random", "keyframe"))
-    _choice("short_clip", short_clip, ("repeat_last", "loop", "error"))
-    num_frames = _whole("num_frames", num_frames, 1)
-    size, short_side = _whole("size", size, 1), _whole("short_side", short_side, 1)
+    choice("sampling", sampling, ("uniform", "fps", "random", "keyframe"))
+    choice("short_clip", short_clip, ("repeat_last", "loop", "error"))
+    num_frames = whole("num_frames", num_frames, 1)
+    size, short_side = whole("size", size, 1), whole("short_side", short_side, 1)
     if not isinstance(flip, bool | np.bool_):
         raise TypeError(f"flip must be True or False, not {flip!r}")
-    if not (math.isfinite(_real("fps", fps)) and fps > 0):
+    if not (math.isfinite(real("fps", fps)) and fps > 0):
         raise ValueError(f"fps must be finite and above 0, not {fps!r}")
-    if timeout_seconds is not None and not _real("timeout_seconds", timeout_seconds) > 0:
+    if timeout_seconds is not None and not real("timeout_seconds", timeout_seconds) > 0:
         raise ValueError(f"timeout_seconds must be None or above 0, not {timeout_seconds!r}")
     jitter = None
     if scale_jitter is not None:
-        if not _has_length(scale_jitter, 2):
+        if not has_length(scale_jitter, 2):
             raise ValueError(f"scale_jitter must be None or (low, high), not {scale_jitter!r}")
-        jitter = [_real("scale_jitter", factor) for factor in scale_jitter]
+        jitter = [real("scale_jitter", factor) for factor in scale_jitter]
         if not 0 < jitter[0] <= jitter[1] < math.inf:
             raise ValueError(f"scale_jitter must be (low, high) with 0 < low <= high, not {scale_jitter!r}")
     rectangle = [0, 0, 0, 0]
     if isinstance(crop, str):
-        _choice("crop", crop, ("center", "random"))
+        choice("crop", crop, ("center", "random"))
         if size > short_side:
             raise ValueError(f"size {size} exceeds short_side {short_side}: there is nothing to cut it from")
     else:
-        if not _has_length(crop, 4):
+        if not has_length(crop, 4):
             raise ValueError(f"crop must be 'center', 'random' or (y, x, h, w) in pixels, not {crop!r}")
-        rectangle = [_whole(f"crop: {side}", value, least) for side, value, least in zip("yxhw", crop, (0, 0, 1, 1))]
+        rectangle = [whole(f"crop: {side}", value, least) for side, value, least in zip("yxhw", crop, (0, 0, 1, 1))]
     bounds = Limits() if limits is None else limits
     height, width = (size, size) if isinstance(crop, str) else rectangle[2:]
     if num_frames * height * width * 3 > bounds.max_bytes:

@@ -44,6 +44,12 @@ def take(batches: Batches, count: int) -> list[dict[str, np.ndarray]]:
     return [next(batches) for _ in range(count)]
 
 
+def test_a_url_in_a_manifest_stays_as_it_is(tmp_path: Path) -> None:
+    wanted = [Record(key="a", video="s3://bucket//clips/../a.mp4"), Record(key="b", video=str(tmp_path / "b.mp4"))]
+    write_manifest(tmp_path / "m.jsonl", wanted)
+    assert read_manifest(tmp_path / "m.jsonl") == wanted
+
+
 def test_a_manifest_comes_back(tmp_path: Path) -> None:
     wanted = [
         Record(key="a", video=str(tmp_path / "videos" / "a.mp4")),

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each module of pyvdl must never import, directly or through another of our modules.
 FORBIDDEN = {
     "pyvdl.video": {"jax", "flax"},
+    "pyvdl.sources": {"jax", "flax", "pyvdl.video"},
     "pyvdl.metrics": {"jax", "flax", "pyvdl"},
     "pyvdl.text": {"jax", "flax", "pyvdl"},
     "pyvdl.config": {"jax", "flax", "pyvdl"},
