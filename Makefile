@@ -4,13 +4,14 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/soak/*.cpp tests/soak/*.h bench/*.cpp)
 
-.PHONY: help env demo test lint soak clean
+.PHONY: help env libtpu demo test lint soak clean
 
 help:
 	@echo "make demo   set up, then run the whole method on a small corpus of real encoded videos (report in demo/)"
 	@echo "make test   set up, then lint, type check, C++ and Python tests"
 	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
 	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), and look for races and leaks"
+	@echo "make libtpu set up, then fetch the TPU compiler (make test does too); bench.tpu_aot needs it, a TPU it does not"
 	@echo "make lint   ruff, mypy, clang-format"
 
 env: .venv/.made
@@ -30,7 +31,15 @@ lint: env
 	$(PY) -m mypy
 	.venv/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-test: lint
+# The compiler for TPUs, which tests and benches run on machines that have none. It stands apart from .venv because JAX
+# would look for a TPU at every start if it found it there.
+build/libtpu/.made: constraints.txt | env
+	.venv/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --no-deps --target build/libtpu libtpu
+	touch $@
+
+libtpu: build/libtpu/.made
+
+test: lint libtpu
 	$(PY) -m pytest tests
 
 soak: env
