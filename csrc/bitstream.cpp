@@ -10,28 +10,36 @@ using Bytes = std::span<const uint8_t>;
 
 constexpr size_t kMarkerBytes = 19;  // FFmpeg's own bound of a VOP that is not coded
 
-// Calls `visit(nal unit)` for each NAL unit; returns false where a length prefix runs over the packet's end.
+// A packet, of which the bytes after the first ones may not be at hand.
+struct Packet {
+  Bytes bytes;
+  size_t size = 0;  // of all
+};
+
+// Calls `visit(nal unit)` for each NAL unit that begins at hand, with its bytes at hand; returns false where a length
+// prefix runs over the packet's end.
 template <typename Visit>
-bool each_nal(Bytes packet, int prefix_bytes, Visit visit) {
+bool each_nal(Packet packet, int prefix_bytes, Visit visit) {
+  const Bytes bytes = packet.bytes;
   if (prefix_bytes > 0) {
     size_t at = 0;
-    while (at + static_cast<size_t>(prefix_bytes) <= packet.size()) {
+    while (at + static_cast<size_t>(prefix_bytes) <= bytes.size()) {
       uint64_t length = 0;
-      for (int i = 0; i < prefix_bytes; ++i) length = length << 8 | packet[at++];
-      if (length > packet.size() - at) return false;
-      if (length > 0) visit(packet.subspan(at, length));
+      for (int i = 0; i < prefix_bytes; ++i) length = length << 8 | bytes[at++];
+      if (length > packet.size - at) return false;
+      if (length > 0 && at < bytes.size()) visit(bytes.subspan(at, std::min<size_t>(length, bytes.size() - at)));
       at += length;
     }
     return true;
   }
-  size_t start = packet.size();  // of the NAL unit being read; packet.size(): none yet
-  for (size_t i = 0; i + 3 <= packet.size(); ++i) {
-    if (packet[i] != 0 || packet[i + 1] != 0 || packet[i + 2] != 1) continue;
-    if (start < i) visit(packet.subspan(start, i - start));
+  size_t start = bytes.size();  // of the NAL unit being read; bytes.size(): none yet
+  for (size_t i = 0; i + 3 <= bytes.size(); ++i) {
+    if (bytes[i] != 0 || bytes[i + 1] != 0 || bytes[i + 2] != 1) continue;
+    if (start < i) visit(bytes.subspan(start, i - start));
     start = i + 3;
     i += 2;
   }
-  if (start < packet.size()) visit(packet.subspan(start));
+  if (start < bytes.size()) visit(bytes.subspan(start));
   return true;
 }
 
@@ -52,7 +60,7 @@ bool recovers_at_once(Bytes nal) {
   return false;
 }
 
-PacketFacts inspect_h264(Bytes packet, int prefix_bytes) {
+PacketFacts inspect_h264(Packet packet, int prefix_bytes) {
   PacketFacts facts;
   facts.picture = false;
   bool idr = false, recovery = false, referenced = false, parameters = false;
@@ -73,7 +81,7 @@ PacketFacts inspect_h264(Bytes packet, int prefix_bytes) {
   return facts;
 }
 
-PacketFacts inspect_hevc(Bytes packet, int prefix_bytes) {
+PacketFacts inspect_hevc(Packet packet, int prefix_bytes) {
   PacketFacts facts;
   facts.picture = false;
   facts.entry = Entry::none;
@@ -155,13 +163,14 @@ PacketInspector::PacketInspector(AVCodecID codec, Bytes extradata) : codec_(code
   if (codec == AV_CODEC_ID_H264 && extradata.size() >= 7 && extradata[0] == 1) prefix_bytes_ = (extradata[4] & 3) + 1;
   if (codec == AV_CODEC_ID_HEVC && extradata.size() >= 23 && (extradata[0] || extradata[1] || extradata[2] > 1)) {
     prefix_bytes_ = (extradata[21] & 3) + 1;
+    one_layer_ = (extradata[21] >> 3 & 7) == 1;
   }
 }
 
 std::vector<uint8_t> PacketInspector::encoder_notes(Bytes packet) const {
   std::vector<uint8_t> notes;
   if (codec_ != AV_CODEC_ID_H264) return notes;
-  each_nal(packet, prefix_bytes_, [&](Bytes nal) {
+  each_nal({packet, packet.size()}, prefix_bytes_, [&](Bytes nal) {
     if (nal.size() < 2 || (nal[0] & 31) != 6 || nal[1] != 5) return;  // SEI, user data
     if (prefix_bytes_ == 0) notes.insert(notes.end(), {0, 0, 1});
     for (int i = prefix_bytes_ - 1; i >= 0; --i) notes.push_back(static_cast<uint8_t>(nal.size() >> (8 * i)));
@@ -170,12 +179,12 @@ std::vector<uint8_t> PacketInspector::encoder_notes(Bytes packet) const {
   return notes;
 }
 
-PacketFacts PacketInspector::inspect(Bytes packet) const {
+PacketFacts PacketInspector::inspect(Bytes packet, size_t packet_bytes) const {
   switch (codec_) {
     case AV_CODEC_ID_H264:
-      return inspect_h264(packet, prefix_bytes_);
+      return inspect_h264({packet, packet_bytes}, prefix_bytes_);
     case AV_CODEC_ID_HEVC:
-      return inspect_hevc(packet, prefix_bytes_);
+      return inspect_hevc({packet, packet_bytes}, prefix_bytes_);
     case AV_CODEC_ID_MPEG4:
       return inspect_mpeg4(packet);
     case AV_CODEC_ID_MPEG1VIDEO:

@@ -36,14 +36,20 @@ class PacketInspector {
  public:
   // `extradata` tells whether H.264 and HEVC come with length prefixes (mp4, mkv) or start codes (ts).
   PacketInspector(AVCodecID codec, std::span<const uint8_t> extradata);
-  PacketFacts inspect(std::span<const uint8_t> packet) const;
+  PacketFacts inspect(std::span<const uint8_t> packet) const { return inspect(packet, packet.size()); }
+  // Of a packet of which only the beginning is at hand. What does not show there is not told; `picture` is false where
+  // no picture begins there.
+  PacketFacts inspect(std::span<const uint8_t> beginning, size_t packet_bytes) const;
   // H.264 only: the units in which the encoder names itself. They come with the first packet, and the decoder follows
   // them to undo the known faults of that encoder (x264 in 4:4:4), so decoding that starts elsewhere needs them too.
   std::vector<uint8_t> encoder_notes(std::span<const uint8_t> packet) const;
+  // H.264 and HEVC in mp4: the header tells enough for packets to be judged one by one, when they are needed.
+  bool judges_singly() const { return prefix_bytes_ > 0 && one_layer_; }
 
  private:
   AVCodecID codec_;
-  int prefix_bytes_ = 0;  // of the NAL unit length; 0: start codes
+  int prefix_bytes_ = 0;   // of the NAL unit length; 0: start codes
+  bool one_layer_ = true;  // no temporal layers, whose number decides on what is disposable
 };
 
 }  // namespace pyvdl

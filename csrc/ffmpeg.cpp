@@ -134,24 +134,27 @@ class ByteReader {
   ByteReader& operator=(const ByteReader&) = delete;
 
   int64_t length() const { return length_; }
+  void leave_unread(std::vector<Unread> places) { unread_ = std::move(places); }
 
   static int read(void* opaque, uint8_t* target, int count) {
     auto& self = *static_cast<ByteReader*>(opaque);
     const int64_t wanted = std::min<int64_t>(count, self.length_ - self.position_);
     if (wanted <= 0) return AVERROR_EOF;
     if (self.deadline_.expired()) return AVERROR_EXIT;
-    if (self.file_ < 0) {
-      std::memcpy(target, self.memory_.data() + self.position_, static_cast<size_t>(wanted));
+    const int64_t wanted_now = wanted == count ? self.wanted_of(count) : wanted;  // the file's end shows by reading
+    if (self.file_ < 0) std::memcpy(target, self.memory_.data() + self.position_, static_cast<size_t>(wanted_now));
+    if (self.file_ < 0 || wanted_now == 0) {
       self.position_ += wanted;
       return static_cast<int>(wanted);
     }
     for (;;) {
-      const ssize_t got = ::pread(self.file_, target, static_cast<size_t>(wanted), self.offset_ + self.position_);
+      const ssize_t got = ::pread(self.file_, target, static_cast<size_t>(wanted_now), self.offset_ + self.position_);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) return AVERROR(errno);
       if (got == 0) return AVERROR_EOF;  // the file was cut while we read it
-      self.position_ += got;
-      return static_cast<int>(got);
+      const int64_t given = got == wanted_now ? wanted : got;
+      self.position_ += given;
+      return static_cast<int>(given);
     }
   }
 
@@ -178,6 +181,13 @@ class ByteReader {
   [[noreturn]] void fail(int number) {
     ::close(file_);
     throw Error("open", system_error(number));
+  }
+
+  // How many of `count` bytes at the present place have to be read.
+  int64_t wanted_of(int count) const {
+    const auto at = std::lower_bound(unread_.begin(), unread_.end(), position_,
+                                     [](const Unread& place, int64_t position) { return place.position < position; });
+    return at != unread_.end() && at->position == position_ && at->size == count ? at->wanted : count;
   }
 
   // A pipe cannot be seeked, which the index needs: read it to the end, within the limits of size and time.
@@ -214,6 +224,7 @@ class ByteReader {
   int64_t position_ = 0;
   std::span<const uint8_t> memory_;
   std::vector<uint8_t> owned_;
+  std::vector<Unread> unread_;  // ascending
 };
 
 Input::Input(const Source& source, int64_t max_bytes, const Deadline& deadline) : deadline_(deadline) {
@@ -245,6 +256,11 @@ Input::Input(const Source& source, int64_t max_bytes, const Deadline& deadline) 
 }
 
 Input::~Input() = default;
+
+void Input::leave_unread(std::vector<Unread> places) {
+  io_->direct = !places.empty();  // FFmpeg then asks for each packet as such, not for a buffer full
+  reader_->leave_unread(std::move(places));
+}
 
 namespace {
 

@@ -102,6 +102,13 @@ struct Source {
   std::span<const uint8_t> memory;  // must outlive everything opened from this source
 };
 
+// Bytes of the file that need not be read when they are asked for by exactly this place and size.
+struct Unread {
+  int64_t position = 0;
+  int size = 0;
+  int wanted = 0;  // bytes at the beginning that are read all the same
+};
+
 class ByteReader;
 
 // An opened demuxer over one Source. No protocol is reachable from inside it: FFmpeg gets our reader and nothing else.
@@ -117,6 +124,9 @@ class Input {
   AVFormatContext* format() const { return format_.get(); }
   void set_deadline(const Deadline& deadline) { deadline_ = deadline; }
   const Deadline& deadline() const { return deadline_; }
+  // Packets that lie at these places (ascending) come without their bytes from now on: what they point to past `wanted`
+  // is undefined. An empty list ends it.
+  void leave_unread(std::vector<Unread> places);
 
  private:
   Deadline deadline_;

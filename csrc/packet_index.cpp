@@ -182,9 +182,8 @@ int64_t PacketIndex::entry_before(int64_t ordinal) const {
   return at == entries_.begin() ? 0 : *(at - 1);
 }
 
-bool PacketIndex::disposable(int64_t ordinal) const {
+bool PacketIndex::disposable(const PacketFacts& facts) const {
   // A HEVC picture that its own temporal layer does not refer to may still serve higher layers.
-  const PacketFacts& facts = packet(ordinal).facts;
   return facts.disposable && !packed_ && facts.temporal_layer == top_layer_;
 }
 

@@ -74,7 +74,8 @@ class PacketIndex {
   // no packet can be left out.
   bool packed() const { return packed_; }
   // No other picture needs this packet.
-  bool disposable(int64_t ordinal) const;
+  bool disposable(int64_t ordinal) const { return disposable(packet(ordinal).facts); }
+  bool disposable(const PacketFacts& facts) const;
   bool any_disposable() const { return any_disposable_; }
   // An error in packet `ordinal` shows in frame `rank`, directly or through references.
   bool spoils(int64_t ordinal, int64_t rank) const;

@@ -12,6 +12,8 @@ constexpr int64_t kSkipPackets = 8;     // reading so few packets and forgetting
 constexpr int kLocatePackets = 256;     // packets read after a seek to find out where it went
 constexpr int64_t kConcealFrames = 64;  // frames tried in place of one that does not come out
 
+struct Contradiction {};  // a packet is not what the container's tables made of it
+
 }  // namespace
 
 void VideoDecoder::set_deadline(const Deadline& deadline) {
@@ -81,17 +83,27 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
   last_asked_ = ranks.back();
   try {
     if (!input_) open_input();
-    for (int64_t good = 0; !ranks.empty();) {
-      const Group group = next_group(ranks);
-      run_group(group, good, sink);
-      good += static_cast<int64_t>(group.ranks.size());
-      ranks = ranks.subspan(group.ranks.size());
+    try {
+      run_groups(ranks, sink);
+    } catch (const Contradiction&) {
+      replace_tables();
+      run_next_ = -1;
+      run_groups(ranks, sink);
     }
   } catch (...) {
     run_next_ = -1;  // the decoder's state is unknown
     last_asked_ = -1;
     if (deadline_.expired()) input_.reset();  // FFmpeg's reader remembers that it failed
     throw;
+  }
+}
+
+void VideoDecoder::run_groups(std::span<const int64_t> ranks, const Sink& sink) {
+  for (int64_t good = 0; !ranks.empty();) {
+    const Group group = next_group(ranks);
+    run_group(group, good, sink);
+    good += static_cast<int64_t>(group.ranks.size());
+    ranks = ranks.subspan(group.ranks.size());
   }
 }
 
@@ -159,7 +171,8 @@ void VideoDecoder::attempt(const Group& group, int64_t start, const Sink& sink) 
   // What is left unfiltered shows in all that refers to it. Where every picture does (no B pictures to leave out), or
   // the filter is strong (HEVC), a third of the group goes through it, which keeps the error about half as large.
   unfiltered_from_ = group.start;
-  if (codec_->codec_id == AV_CODEC_ID_HEVC || !index().any_disposable()) {
+  const bool disposables = index_->from_tables ? index().reorder_depth() > 0 : index().any_disposable();
+  if (codec_->codec_id == AV_CODEC_ID_HEVC || !disposables) {
     unfiltered_from_ += (group.last - group.start) / 3;
   }
   for (const int64_t rank : group.ranks) state_[static_cast<size_t>(index().ordinal(rank))] |= kWanted;
@@ -199,10 +212,15 @@ void VideoDecoder::start_run(int64_t start) {
 
 void VideoDecoder::feed(int64_t ordinal, const Sink& sink) {
   uint8_t& state = state_[static_cast<size_t>(ordinal)];
-  const PacketFacts& facts = index().packet(ordinal).facts;
+  PacketFacts facts = index().packet(ordinal).facts;
+  if (inspector_) {
+    facts = inspector_->inspect({packet_->data, static_cast<size_t>(packet_->size)});
+    if ((!facts.picture && !facts.damaged) || facts.temporal_layer > 0) throw Contradiction();
+  }
+  if (index().disposable(facts)) state |= kDisposable;
   if (facts.damaged) note_error(ordinal, AVERROR_INVALIDDATA, "NAL unit size beyond the packet, or a corrupt packet");
   const bool wanted = (state & kWanted) || (follow_ && index().rank(ordinal) >= first_wanted_);
-  if (!wanted && index().disposable(ordinal)) return;
+  if (!wanted && (state & kDisposable)) return;
   // Not by AVCodecContext::skip_frame: told to skip, decoders keep silent about reference pictures they cannot decode.
   if (references() && !leave_out_unneeded(ordinal)) return;
   const std::optional<size_t> shown = references() ? references()->shown_by(ordinal) : std::nullopt;
@@ -293,17 +311,22 @@ void VideoDecoder::note_error(int64_t ordinal, int code, const char* cause) {
   }
 }
 
+bool VideoDecoder::spoils(int64_t ordinal, int64_t rank) const {
+  const bool alone = (state_[static_cast<size_t>(ordinal)] & kDisposable) && ordinal != index().ordinal(rank);
+  return !alone && index().spoils(ordinal, rank);
+}
+
 std::string VideoDecoder::fault_of(int64_t rank) const {
   const std::string name = "frame " + std::to_string(rank);
   for (const int64_t ordinal : errors_) {
-    if (index().spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
+    if (spoils(ordinal, rank)) return name + " was decoded with errors: " + error_text_;
   }
   const int64_t target = index().ordinal(rank);
   if (!(state_[static_cast<size_t>(target)] & kOut)) return name + " did not come out of the decoder";
   const bool drained = run_next_ < 0;
   for (int64_t ordinal = index().start_for(rank); ordinal < target; ++ordinal) {
     const uint8_t state = state_[static_cast<size_t>(ordinal)];
-    if (!(state & kGiven) || (state & kOut) || index().rank(ordinal) < 0 || !index().spoils(ordinal, rank)) continue;
+    if (!(state & kGiven) || (state & kOut) || index().rank(ordinal) < 0 || !spoils(ordinal, rank)) continue;
     if (drained || index().shown_after(rank, ordinal)) {
       return name + " was decoded without frame " + std::to_string(index().rank(ordinal)) + ", which did not come out";
     }

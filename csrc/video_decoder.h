@@ -63,6 +63,9 @@ struct StreamIndex {
   std::optional<Av1References> references;
   std::vector<uint8_t> encoder_notes;
   bool truncated = false;  // the container lists packets that are not in the file
+  // Made of the container's tables and the beginnings of key frames alone: what other packets say of themselves is seen
+  // when they are read for decoding.
+  bool from_tables = false;
 };
 
 // Not thread-safe; uses the calling thread only.
@@ -106,6 +109,11 @@ class VideoDecoder {
   void make_index();
   [[noreturn]] void refuse_length() const;
   StreamIndex scan_packets();
+  std::optional<StreamIndex> read_tables();
+  void finish(StreamIndex& made, std::vector<IndexEntry> packets);
+  bool may_read_tables() const;
+  void replace_tables();
+  PacketInspector inspector() const;
   std::vector<int64_t> find_order();
   std::vector<int64_t> decode_order();
   const std::optional<Av1References>& references() const { return index_->references; }
@@ -117,6 +125,7 @@ class VideoDecoder {
   Group next_group(std::span<const int64_t> ranks) const;
   bool resumable(const Group& group) const;
   Av1References::Marks needed_by(const Group& group) const;
+  void run_groups(std::span<const int64_t> ranks, const Sink& sink);
   void run_group(const Group& group, int64_t good, const Sink& sink);
   void attempt(const Group& group, int64_t start, const Sink& sink);
   void start_run(int64_t start);
@@ -125,6 +134,7 @@ class VideoDecoder {
   void send(const AVPacket* packet, const Sink& sink);
   void receive(const Sink& sink);
   void note_error(int64_t ordinal, int code, const char* cause = nullptr);
+  bool spoils(int64_t ordinal, int64_t rank) const;
   std::string fault_of(int64_t rank) const;  // empty: the frame came out, without errors
   void conceal_missing(const Group& group, const Sink& sink);
 
@@ -137,6 +147,7 @@ class VideoDecoder {
   PacketPtr packet_ = make_packet();
   FramePtr frame_ = make_frame();
   std::shared_ptr<const StreamIndex> index_;
+  std::optional<PacketInspector> inspector_;  // where the index does not tell all
   Orientation orientation_;
   DecodeStats stats_;
   int num_video_streams_ = 0;
@@ -146,7 +157,7 @@ class VideoDecoder {
   bool held_ = false;        // packet_ already is that packet
 
   // The run: what the decoder has been given since its last flush.
-  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4 };
+  enum : uint8_t { kWanted = 1, kOut = 2, kGiven = 4, kDisposable = 8 };
   std::vector<uint8_t> state_;   // by ordinal
   std::vector<int64_t> errors_;  // ordinals of packets and frames with errors
   std::string error_text_;       // of the first of them

@@ -31,6 +31,24 @@ bool times_are_doubtful(const AVFormatContext& format, const AVCodecParameters& 
   return !is_mp4_or_matroska(format) && !container_is(format, "flv");
 }
 
+// A stream of this size is read whole when it is opened: that takes a millisecond or two, and finds packets so damaged
+// that no picture can come of them.
+constexpr int64_t kSmallBytes = int64_t{4} << 20;
+constexpr int kWholeBytes = 64;       // packets up to this size are read: a picture may be missing in them
+constexpr int kKeyFrameBytes = 4096;  // what is read of a key frame; its first slice tells what it is
+
+IndexEntry entry_of(const AVPacket& packet) {
+  IndexEntry entry;
+  entry.pts = packet.pts;
+  entry.dts = packet.dts;
+  entry.position_bytes = packet.pos;
+  entry.duration = packet.duration;
+  entry.size_bytes = packet.size;
+  entry.key = packet.flags & AV_PKT_FLAG_KEY;
+  entry.discarded = packet.flags & AV_PKT_FLAG_DISCARD;
+  return entry;
+}
+
 std::string name_or_unknown(const char* name) { return name ? name : "unknown"; }
 
 }  // namespace
@@ -40,6 +58,7 @@ VideoDecoder::VideoDecoder(const Source& source, const DecoderOptions& options, 
     : source_(source), options_(options), deadline_(deadline), index_(std::move(known)) {
   open_input();
   if (!index_) make_index();
+  if (index_->from_tables) inspector_ = inspector();
   state_.assign(static_cast<size_t>(index().num_packets()), 0);
   open_codec(index().reorder_depth(), true);
   if (index().num_frames() == 0) throw Error("decode", "no frame can be decoded");
@@ -56,6 +75,13 @@ void VideoDecoder::refuse_length() const {
 }
 
 void VideoDecoder::make_index() {
+  std::optional<StreamIndex> tables;
+  if (may_read_tables()) tables = read_tables();
+  if (tables) {
+    index_ = std::make_shared<StreamIndex>(*std::move(tables));
+    return;
+  }
+  if (next_packet_ != 0) open_input();
   auto made = std::make_shared<StreamIndex>(scan_packets());
   PacketIndex& packets = made->packets;
   index_ = made;
@@ -142,10 +168,8 @@ void VideoDecoder::open_codec(int reorder_depth, bool unrecovered) {
 
 StreamIndex VideoDecoder::scan_packets() {
   StreamIndex made;
-  const AVCodecParameters& parameters = *stream_->codecpar;
-  const AVCodecID codec = parameters.codec_id;
-  const PacketInspector inspector(codec,
-                                  {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))});
+  const AVCodecID codec = stream_->codecpar->codec_id;
+  const PacketInspector inspector = this->inspector();
   std::vector<IndexEntry> packets;
   if (codec == AV_CODEC_ID_AV1) made.references.emplace();
   int code = 0;
@@ -154,17 +178,12 @@ StreamIndex VideoDecoder::scan_packets() {
     av_packet_unref(packet_.get());
     if ((code = av_read_frame(input_->format(), packet_.get())) < 0) break;
     if (packet_->stream_index != stream_->index) continue;
-    IndexEntry entry;
-    entry.pts = packet_->pts;
-    entry.dts = packet_->dts;
-    entry.position_bytes = packet_->pos;
-    entry.duration = packet_->duration;
-    entry.size_bytes = packet_->size;
-    entry.key = packet_->flags & AV_PKT_FLAG_KEY;
-    entry.discarded = packet_->flags & AV_PKT_FLAG_DISCARD;
+    IndexEntry entry = entry_of(*packet_);
     entry.facts = inspector.inspect({packet_->data, static_cast<size_t>(packet_->size)});
     entry.key |= entry.facts.entry != Entry::none && (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC);
-    entry.facts.damaged |= (packet_->flags & AV_PKT_FLAG_CORRUPT) != 0;
+    const bool incomplete = packet_->flags & AV_PKT_FLAG_CORRUPT;
+    entry.facts.damaged |= incomplete;
+    made.truncated |= incomplete && container_is(*input_->format(), "mov");  // there it tells that the file ends
     if (made.references) made.references->add({packet_->data, static_cast<size_t>(packet_->size)});
     if (packets.empty())
       made.encoder_notes = inspector.encoder_notes({packet_->data, static_cast<size_t>(packet_->size)});
@@ -173,19 +192,104 @@ StreamIndex VideoDecoder::scan_packets() {
   }
   deadline_.require();
   stats_.packets_read += static_cast<int64_t>(packets.size());
-  made.truncated = code != AVERROR_EOF;
+  made.truncated |= code != AVERROR_EOF;
   if (container_is(*input_->format(), "mov")) {
     made.truncated |= avformat_index_get_entries_count(stream_) > static_cast<int>(packets.size());
   }
   if (packets.empty()) throw Error("read", "the video stream has no packets");
   if (made.references && !made.references->known()) made.references.reset();
+  finish(made, std::move(packets));
+  return made;
+}
 
+// What is decided by the container alone, before its packets are read.
+bool VideoDecoder::may_read_tables() const {
+  if (!container_is(*input_->format(), "mov") || times_are_doubtful(*input_->format(), *stream_->codecpar))
+    return false;
+  if (!inspector().judges_singly()) return false;
+  int64_t bytes = 0;
+  for (int i = 0; i < avformat_index_get_entries_count(stream_) && bytes <= kSmallBytes; ++i) {
+    bytes += avformat_index_get_entry(stream_, i)->size;
+  }
+  return bytes > kSmallBytes;
+}
+
+// Without reading the samples of a mp4: of a film of gigabytes, that is the difference between seconds and
+// milliseconds. Nothing where the packets have to be read after all.
+std::optional<StreamIndex> VideoDecoder::read_tables() {
+  const PacketInspector inspector = this->inspector();
+  const int listed = avformat_index_get_entries_count(stream_);
+  std::vector<Unread> places;
+  for (int i = 1; i < listed; ++i) {  // the first packet holds the encoder's notes
+    const AVIndexEntry& sample = *avformat_index_get_entry(stream_, i);
+    const int wanted = sample.flags & AVINDEX_KEYFRAME ? kKeyFrameBytes : 0;
+    if (sample.size > std::max(kWholeBytes, wanted)) places.push_back({sample.pos, sample.size, wanted});
+  }
+  std::sort(places.begin(), places.end(), [](const Unread& a, const Unread& b) { return a.position < b.position; });
+  input_->leave_unread(std::move(places));
+
+  StreamIndex made;
+  made.from_tables = true;
+  std::vector<IndexEntry> packets;
+  int code = 0;
+  bool plain = true;
+  next_packet_ = -1;
+  while (plain) {
+    deadline_.require();
+    av_packet_unref(packet_.get());
+    if ((code = av_read_frame(input_->format(), packet_.get())) < 0) break;
+    if (packet_->stream_index != stream_->index) continue;
+    IndexEntry entry = entry_of(*packet_);
+    const auto size = static_cast<size_t>(packet_->size);
+    const bool whole = packets.empty() || packet_->size <= kWholeBytes;
+    entry.facts.entry = Entry::none;
+    if (whole || entry.key) {
+      const size_t known = whole ? size : std::min<size_t>(size, kKeyFrameBytes);
+      entry.facts = inspector.inspect({packet_->data, known}, size);
+      // The rest is left to the decoding of this packet: what it says depends on how much of it was at hand.
+      plain &= entry.facts.picture && !entry.facts.damaged;
+      if (!entry.key) entry.facts = {.entry = Entry::none};
+    }
+    plain &= !(packet_->flags & AV_PKT_FLAG_CORRUPT);
+    if (packets.empty()) {
+      plain &= entry.key && entry.facts.entry == Entry::clean;
+      made.encoder_notes = inspector.encoder_notes({packet_->data, size});
+    }
+    packets.push_back(entry);
+    if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) refuse_length();
+  }
+  deadline_.require();
+  input_->leave_unread({});
+  if (!plain || code != AVERROR_EOF || static_cast<int>(packets.size()) < listed) return std::nullopt;
+  finish(made, std::move(packets));
+  if (!made.packets.complete()) return std::nullopt;
+  return made;
+}
+
+// The packets are not what the tables made of them: reads them all.
+void VideoDecoder::replace_tables() {
+  open_input();
+  const int64_t frames = index().num_frames();
+  auto made = std::make_shared<StreamIndex>(scan_packets());
+  if (made->packets.num_frames() != frames || !made->packets.complete() || made->packets.starts_undecodable()) {
+    throw Error("decode", "the container's tables and its packets contradict each other");
+  }
+  index_ = std::move(made);
+  state_.assign(static_cast<size_t>(index().num_packets()), 0);
+  inspector_.reset();
+}
+
+PacketInspector VideoDecoder::inspector() const {
+  const AVCodecParameters& parameters = *stream_->codecpar;
+  return {parameters.codec_id, {parameters.extradata, static_cast<size_t>(std::max(0, parameters.extradata_size))}};
+}
+
+void VideoDecoder::finish(StreamIndex& made, std::vector<IndexEntry> packets) {
   AVRational rate = stream_->avg_frame_rate.num > 0 ? stream_->avg_frame_rate : stream_->r_frame_rate;
   int64_t usual_duration = 0;
   if (rate.num > 0 && rate.den > 0) usual_duration = av_rescale_q(1, av_inv_q(rate), stream_->time_base);
   made.packets = PacketIndex(std::move(packets), {stream_->time_base.num, stream_->time_base.den}, usual_duration);
   next_packet_ = -1;
-  return made;
 }
 
 // Which packets become frames, and in which order, where presentation times do not tell.
