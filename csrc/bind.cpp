@@ -239,7 +239,12 @@ NB_MODULE(_core, m) {
           "__init__",
           [](DecoderOptions* self, std::optional<int> stream, bool conceal, bool fast, int64_t max_pixels,
              int64_t max_frames, double max_seconds, int64_t max_bytes) {
-            new (self) DecoderOptions{stream, conceal, fast, {max_pixels, max_frames, max_seconds, max_bytes}};
+            new (self) DecoderOptions{
+                .stream = stream,
+                .conceal = conceal,
+                .fast = fast,
+                .limits = {max_pixels, max_frames, max_seconds, max_bytes},
+            };
           },
           nb::kw_only(), "stream"_a.none(), "conceal"_a, "fast"_a, "max_pixels"_a, "max_frames"_a, "max_seconds"_a,
           "max_bytes"_a);

@@ -26,6 +26,9 @@ struct DecoderOptions {
   std::optional<int> stream;  // counts video streams from 0; nothing: the best one
   bool conceal = false;       // give frames that were decoded with errors
   bool fast = false;          // no loop filter on (most) frames that are not wanted
+  // A mp4 stream up to this size is read whole when it is opened: that takes a millisecond or two, and finds packets so
+  // damaged that no picture can come of them. A larger one is opened by the container's tables.
+  int64_t read_whole_bytes = int64_t{4} << 20;
   Limits limits;
 };
 
@@ -147,6 +150,8 @@ class VideoDecoder {
   PacketPtr packet_ = make_packet();
   FramePtr frame_ = make_frame();
   std::shared_ptr<const StreamIndex> index_;
+  std::shared_ptr<const StreamIndex>
+      tables_;                                // what index_ was before its packets contradicted it: callers may hold it
   std::optional<PacketInspector> inspector_;  // where the index does not tell all
   Orientation orientation_;
   DecodeStats stats_;

@@ -31,9 +31,6 @@ bool times_are_doubtful(const AVFormatContext& format, const AVCodecParameters& 
   return !is_mp4_or_matroska(format) && !container_is(format, "flv");
 }
 
-// A stream of this size is read whole when it is opened: that takes a millisecond or two, and finds packets so damaged
-// that no picture can come of them.
-constexpr int64_t kSmallBytes = int64_t{4} << 20;
 constexpr int kWholeBytes = 64;       // packets up to this size are read: a picture may be missing in them
 constexpr int kKeyFrameBytes = 4096;  // what is read of a key frame; its first slice tells what it is
 
@@ -208,10 +205,10 @@ bool VideoDecoder::may_read_tables() const {
     return false;
   if (!inspector().judges_singly()) return false;
   int64_t bytes = 0;
-  for (int i = 0; i < avformat_index_get_entries_count(stream_) && bytes <= kSmallBytes; ++i) {
+  for (int i = 0; i < avformat_index_get_entries_count(stream_); ++i) {
     bytes += avformat_index_get_entry(stream_, i)->size;
   }
-  return bytes > kSmallBytes;
+  return bytes > options_.read_whole_bytes;
 }
 
 // Without reading the samples of a mp4: of a film of gigabytes, that is the difference between seconds and
@@ -274,7 +271,7 @@ void VideoDecoder::replace_tables() {
   if (made->packets.num_frames() != frames || !made->packets.complete() || made->packets.starts_undecodable()) {
     throw Error("decode", "the container's tables and its packets contradict each other");
   }
-  index_ = std::move(made);
+  tables_ = std::exchange(index_, std::move(made));
   state_.assign(static_cast<size_t>(index().num_packets()), 0);
   inspector_.reset();
 }

@@ -32,6 +32,7 @@ ClipOptions options_of(const uint8_t* choice) {
   options.decoder.limits = kLimits;
   options.decoder.fast = choice[0] & 1;
   options.decoder.conceal = choice[0] & 2;
+  if (choice[14] & 1) options.decoder.read_whole_bytes = 0;
   if (choice[0] & 4) options.decoder.stream = choice[0] >> 4 & 1;
   options.frames.sampling = static_cast<Sampling>(choice[1] & 3);
   options.frames.short_clip = static_cast<ShortClip>((choice[1] >> 2 & 3) % 3);
