@@ -79,10 +79,10 @@ def test_output_check_finds_a_frame_that_is_one_off(clip: Path) -> None:
     reference = decode.Reference(clip)
     wanted = reference.wanted(decode.NUM_FRAMES)
     assert wanted.tolist() == decode.job_for(CASE, clip).frames
-    right = reference._thumbnails[wanted]
+    right = reference._thumbnails[0, wanted]
     assert reference.check(right) == decode.Check(decode.NUM_FRAMES, decode.NUM_FRAMES, 0.0)
     late = right.copy()
-    late[5] = reference._thumbnails[wanted[5] + 1]
+    late[5] = reference._thumbnails[0, wanted[5] + 1]
     found = reference.check(late)
     assert found.right == decode.NUM_FRAMES - 1
     assert not found.good
