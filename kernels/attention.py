@@ -1,14 +1,16 @@
-"""Attention ops: argument checks, dispatch by implementation, and the XLA implementation."""
+"""Attention ops: argument checks and dispatch by implementation and by the platform that a program is lowered for."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import reference
+from . import attention_tpu, attention_tpu_backward, attention_xla, reference, tuning
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
@@ -82,10 +84,26 @@ def space_time_attention(
             f"S must be frames * patches + class_tokens with frames, patches >= 1; S is {q.shape[1]}, frames {frames}, "
             f"class_tokens {class_tokens}"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if resolve_implementation(implementation) == "reference":
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation == "reference":
         return reference.space_time_attention(q, k, v, frames=frames, mode=mode, class_tokens=class_tokens, scale=scale)
-    return _space_time_xla(q, k, v, frames, mode, class_tokens, scale)
+    if implementation == "pallas_gpu":
+        raise NotImplementedError("space_time_attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
+    if implementation == "pallas_tpu" and (reason := _why_not_tpu(q, mode)):
+        raise NotImplementedError(f"space_time_attention: 'pallas_tpu' {reason}; use 'xla' or None")
+    if implementation == "cudnn" and (reason := _why_not_cudnn(q, mode)):
+        raise NotImplementedError(f"space_time_attention: 'cudnn' {reason}; use 'xla' or None")
+    call = _Call(frames, mode, class_tokens, scale, implementation)
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, scale=scale)
+    if implementation is None and _cudnn_is_here() and not _why_not_cudnn(q, mode):
+        # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules.
+        return jax.lax.platform_dependent(
+            q, k, v, cuda=functools.partial(_cudnn, scale=scale), default=functools.partial(_space_time, call)
+        )
+    return _space_time(call, q, k, v)
 
 
 def attention(
@@ -166,49 +184,6 @@ def attention(
     return _attention_xla(q, k, v, **options)
 
 
-def _dense(
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: float,
-    *,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    softcap: float | None = None,
-) -> Array:
-    """All queries against all keys; mask is bool, broadcastable to [B, N, S, K]."""
-    batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = heads != kv_heads
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    if grouped:
-        # The queries that share a key head become rows of one product: no copy of the keys.
-        group = heads // kv_heads
-        q = q.reshape(batch, queries, kv_heads, group, head_dim)
-        scores = jnp.einsum("bqngd,bknd->bngqk", q, k, preferred_element_type=wide)
-        scores = scores.reshape(batch, heads, queries, k.shape[1])
-    else:
-        scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=wide)
-    if scale != 1:
-        scores = scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    if mask is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        # A finite floor keeps gradients of fully masked rows free of NaN; the mask after it makes such rows zero.
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)
-        weights = jnp.where(mask, weights, 0)
-    weights = weights.astype(v.dtype)
-    if grouped:
-        weights = weights.reshape(batch, kv_heads, group, queries, k.shape[1])
-        out = jnp.einsum("bngqk,bknd->bqngd", weights, v, preferred_element_type=wide)
-        return out.reshape(batch, queries, heads, head_dim).astype(v.dtype)
-    return jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=wide).astype(v.dtype)
-
-
 def _attention_xla(
     q: Array,
     k: Array,
@@ -235,36 +210,93 @@ def _attention_xla(
             kv_lengths=kv_lengths,
             window=window,
         )[:, None]
-    return _dense(q, k, v, scale, bias=bias, mask=mask, softcap=softcap)
+    return attention_xla.dense(q, k, v, scale, bias=bias, mask=mask, softcap=softcap)
 
 
-def _space_time_xla(q: Array, k: Array, v: Array, frames: int, mode: str, class_tokens: int, scale: float) -> Array:
-    """Groups become the batch of one dense attention, so the work is that of the groups and no mask is needed."""
-    if mode == "joint":
-        return _dense(q, k, v, scale)
-    batch, tokens, heads, head_dim = q.shape
-    patches = (tokens - class_tokens) // frames
+Rule = Callable[..., tuple[Array, ...]]
 
-    def split(x: Array) -> Array:
-        """The patch tokens, [B * groups, group size, N, D]."""
-        x = x[:, : frames * patches].reshape(batch, frames, patches, heads, head_dim)
-        if mode == "time":
-            x = x.swapaxes(1, 2)
-        return x.reshape(-1, *x.shape[2:])
 
-    def with_class(x: Array) -> Array:
-        """Each group's tokens and the class token after them."""
-        grouped = split(x)
-        if not class_tokens:
-            return grouped
-        last = jnp.repeat(x[:, -1:], grouped.shape[0] // batch, axis=0)
-        return jnp.concatenate([grouped, last], axis=1)
+class _Call(NamedTuple):
+    """What is static in one call of space_time_attention."""
 
-    out = _dense(split(q), with_class(k), with_class(v), scale)
-    out = out.reshape(batch, -1, *out.shape[1:])
-    if mode == "time":
-        out = out.swapaxes(1, 2)
-    out = out.reshape(batch, frames * patches, heads, head_dim)
-    if not class_tokens:
-        return out
-    return jnp.concatenate([out, _dense(q[:, -1:], k, v, scale)], axis=1)
+    frames: int
+    mode: str
+    class_tokens: int
+    scale: float
+    implementation: str | None  # None, "xla" or "pallas_tpu"
+
+    def grouping(self) -> dict[str, Any]:
+        return {"frames": self.frames, "mode": self.mode, "class_tokens": self.class_tokens, "scale": self.scale}
+
+
+def _why_not_tpu(q: Array, mode: str) -> str | None:
+    """The reason, in words, why the TPU kernels do not take this; None if they do."""
+    if mode != "joint":  # kernels of the other modes are to be asked here, and called in _forward and _backward
+        return f"has mode 'joint' only, not {mode!r}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {q.dtype}"
+    if 0 in q.shape:
+        return f"takes no empty arrays, {q.shape}"
+    head_dim = q.shape[3]
+    if head_dim not in tuning.JOINT_HEAD_DIMS:
+        return f"takes head dims {tuning.JOINT_HEAD_DIMS}, not {head_dim}"
+    needed, there = tuning.joint_backward_bytes(q.shape, q.dtype), tuning.vmem_bytes()
+    if needed > there:
+        return f"needs {needed >> 20} MiB of the chip's vector memory at {q.shape}, {there >> 20} MiB are there"
+    return None
+
+
+def _choose(call: _Call, tpu: Rule, xla: Rule, *arrays: Array) -> tuple[Array, ...]:
+    """One rule for all platforms, so that the residuals are the same whichever a program is lowered for."""
+    if call.implementation == "pallas_tpu":
+        return tpu(*arrays)
+    if call.implementation == "xla" or _why_not_tpu(arrays[0], call.mode):
+        return xla(*arrays)
+    chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
+    return chosen
+
+
+def _forward(call: _Call, *inputs: Array) -> tuple[Array, ...]:
+    tpu = functools.partial(attention_tpu.forward, scale=call.scale)
+    return _choose(call, tpu, functools.partial(attention_xla.forward, **call.grouping()), *inputs)
+
+
+def _backward(call: _Call, residuals: tuple[Array, ...], do: Array) -> tuple[Array, ...]:
+    tpu = functools.partial(attention_tpu_backward.backward, scale=call.scale)
+    return _choose(call, tpu, functools.partial(attention_xla.backward, **call.grouping()), *residuals, do)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _space_time(call: _Call, q: Array, k: Array, v: Array) -> Array:
+    return _forward(call, q, k, v)[0]
+
+
+def _space_time_fwd(call: _Call, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = _forward(call, q, k, v)
+    return out, (q, k, v, out, lse)
+
+
+_space_time.defvjp(_space_time_fwd, _backward)
+
+
+def _why_not_cudnn(q: Array, mode: str) -> str | None:
+    if mode != "joint":
+        return f"has mode 'joint' only, not {mode!r}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > 128:
+        return f"takes head dims that are multiples of 8 up to 128, not {q.shape[3]}"
+    return None
+
+
+def _cudnn(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+
+@functools.cache
+def _cudnn_is_here() -> bool:
+    """cuDNN asks for its version when a program is traced, so a process without a CUDA device cannot trace it."""
+    try:
+        return any(device.platform == "gpu" and "cuda" in device.client.platform_version for device in jax.devices())
+    except RuntimeError:
+        return False
