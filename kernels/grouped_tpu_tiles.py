@@ -1,0 +1,282 @@
+"""Groups of tokens as tiles in VMEM: which rows make one tile, how they are read and written, what may see what.
+
+A kernel of `grouped_tpu.py` holds all S tokens of one row of the batch and of some whole heads in VMEM, as they stand
+in [B, S, N*D]. They form *runs* of equal length: the frames, or, for `time` over many frames, the places. A *tile* is
+what is computed at once. Where a group of tokens that see each other is a run, the tile is one or more whole runs;
+where it runs across (`time` over few frames), the tile is `step` neighbouring places in every run: 16 rows of bfloat16
+are a whole register tile, so that such a tile is gathered without moving anything, at the price of logits between
+different places that a mask throws away.
+
+Runs that do not start at whole register tiles, and places that must become runs, are first copied within VMEM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head h sees it
+MASKED = -1e30  # added to a logit; finite, so that NaN and infinity of a logit stay visible
+
+Ref = Any
+
+
+def ceil_to(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything static about one call. Lengths are in rows (tokens) or lanes (features of some heads)."""
+
+    frames: int
+    patches: int
+    class_tokens: int
+    scale: float
+    head_dim: int
+    lanes: int
+    dtype: Any
+    runs: int
+    run: int
+    run_stored: int  # rows that a run occupies; more than `run` only where runs are staged
+    runs_stored: int
+    step: int  # rows that a tile takes from each of its pieces
+    pieces: int  # runs that a tile takes rows of: 1 (whole runs), or all
+    staged: bool
+
+    @property
+    def heads(self) -> int:
+        """Heads of one block of lanes."""
+        return self.lanes // self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.patches + self.class_tokens
+
+    @property
+    def rows(self) -> int:
+        """Of one tile."""
+        return self.step * self.pieces
+
+    @property
+    def rows_stored(self) -> int:
+        return self.runs_stored * self.run_stored
+
+    @property
+    def tiles(self) -> int:
+        return self.rows_stored // self.rows
+
+    @property
+    def places_are_runs(self) -> bool:
+        return self.runs != self.frames or (self.pieces == 1 and self.run != self.patches)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a tile holds keys that some query of it must not see."""
+        if self.pieces > 1:
+            return self.step > 1
+        return self.step > self.run_stored or self.run < self.run_stored
+
+    def window(self, head: int) -> slice:
+        """The whole lane tiles that hold a head."""
+        return slice(head * self.head_dim // LANES * LANES, min(ceil_to((head + 1) * self.head_dim, LANES), self.lanes))
+
+    def features(self, head: int) -> slice:
+        """The head's features, as rows of a transposed tile."""
+        return slice(head * self.head_dim, (head + 1) * self.head_dim)
+
+
+def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_tokens: int, scale: float) -> Plan:
+    """shape is [B, S, N, D]."""
+    _, tokens, heads, head_dim = shape
+    if head_dim % 8:
+        raise NotImplementedError(f"the TPU kernel of {mode!r} needs head dims that 8 divides, not {head_dim}")
+    lanes = math.lcm(head_dim, LANES)
+    if heads * head_dim % lanes:
+        lanes = heads * head_dim
+    if lanes // head_dim > CLASS_ROWS:
+        raise NotImplementedError(
+            f"the TPU kernel of {mode!r} takes at most {CLASS_ROWS} heads at once; {heads} heads of {head_dim} do not "
+            "divide into such blocks of whole 128-lane tiles"
+        )
+    sublanes = 32 // jnp.dtype(dtype).itemsize
+    patches = (tokens - class_tokens) // frames
+    across = mode == "time" and frames <= 16
+    runs, run = (patches, frames) if mode == "time" and not across else (frames, patches)
+    staged = bool(run % sublanes) or run != patches
+    run_stored = ceil_to(run, 16) if staged else run
+    runs_stored = runs
+    if across:
+        pieces = frames
+        step = 16 * max(1, LANES // (16 * frames))
+        step = math.gcd(step, run_stored)
+    else:
+        pieces = 1
+        together = max(1, LANES // run_stored)
+        if staged:
+            runs_stored = ceil_to(runs, together)
+        else:
+            together = math.gcd(together, runs)
+        step = together * run_stored
+    return Plan(
+        frames, patches, class_tokens, scale, head_dim, lanes, jnp.dtype(dtype),
+        runs, run, run_stored, runs_stored, step, pieces, staged,
+    )  # fmt: skip
+
+
+# --- tiles
+
+
+def _piece(plan: Plan, tile: Array, piece: int) -> Any:
+    start = piece * plan.run_stored + tile * plan.step
+    return pl.ds(pl.multiple_of(start, math.gcd(plan.run_stored, plan.step)), plan.step)
+
+
+def load_tile(plan: Plan, ref: Ref, tile: Array) -> Array:
+    """[rows, lanes]."""
+    parts = [ref[_piece(plan, tile, piece), :] for piece in range(plan.pieces)]
+    return parts[0] if plan.pieces == 1 else jnp.concatenate(parts, axis=0)
+
+
+def store_tile(plan: Plan, ref: Ref, tile: Array, value: Array) -> None:
+    for piece in range(plan.pieces):
+        ref[_piece(plan, tile, piece), :] = value[piece * plan.step : (piece + 1) * plan.step]
+
+
+def write_mask(plan: Plan, ref: Ref) -> None:
+    """float32[rows, rows]: what is added to a tile's logits, [keys, queries]."""
+    shape = (plan.rows, plan.rows)
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    if plan.pieces > 1:
+        seen = key % plan.step == query % plan.step
+    else:
+        seen = (key // plan.run_stored == query // plan.run_stored) & (key % plan.run_stored < plan.run)
+    ref[...] = jnp.where(seen, 0.0, MASKED)
+
+
+def tokens_mask(plan: Plan, tile: Array) -> Array:
+    """float32[1, rows]: what is added to the class token's logits with a tile, whose last rows may be no tokens."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1)
+    if plan.pieces > 1:
+        real = tile * plan.step + row % plan.step < plan.run
+    else:
+        run = tile * (plan.step // plan.run_stored) + row // plan.run_stored
+        real = (row % plan.run_stored < plan.run) & (run < plan.runs)
+    return jnp.where(real, 0.0, MASKED)
+
+
+def head_lanes(plan: Plan, x: Array, head: int) -> Array:
+    """The head's window of x, with lanes of other heads zero: contracting it over the window gives this head alone."""
+    window = plan.window(head)
+    x = x[:, window]
+    if x.shape[1] == plan.head_dim:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1) + window.start
+    own = (lane >= head * plan.head_dim) & (lane < (head + 1) * plan.head_dim)
+    if x.dtype == jnp.bfloat16 and x.shape[0] % 16 == 0:
+        # Two rows share a word; a bitwise and takes one operation for both, a select would unpack them.
+        words = pltpu.bitcast(x, jnp.uint32)
+        kept = jnp.where(own, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+        return pltpu.bitcast(words & jnp.broadcast_to(kept, words.shape), jnp.bfloat16)
+    return jnp.where(own, x, jnp.zeros_like(x))
+
+
+def own_lanes(plan: Plan, x: Array) -> Array:
+    """x [CLASS_ROWS, lanes], or [1, lanes] for every row: row h keeps the lanes of head h, the rest is zero."""
+    shape = (CLASS_ROWS, plan.lanes)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    first = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * plan.head_dim
+    kept = (lane >= first) & (lane < first + plan.head_dim)
+    return jnp.where(kept, jnp.broadcast_to(x.astype(jnp.float32), shape), 0.0)
+
+
+def first_row(x: Array) -> Array:
+    """[1, lanes] as the first of CLASS_ROWS rows, the rest zero."""
+    shape = (CLASS_ROWS, x.shape[1])
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.where(row == 0, jnp.broadcast_to(x.astype(jnp.float32), shape), 0.0).astype(x.dtype)
+
+
+def columns(x: Array) -> Array:
+    """[1, lanes] -> float32[lanes, 128]: the row as a column, repeated along lanes."""
+    return jnp.broadcast_to(x.astype(jnp.float32), (LANES, x.shape[1])).T
+
+
+# --- staging: runs that do not stand at whole register tiles
+
+COPY_ROWS = 256
+
+
+def _copy(source: Ref, target: Ref, rows: int) -> None:
+    """The first rows of source into target, converted; both start at a whole register tile."""
+
+    def chunk(index: Array, _: None) -> None:
+        part = pl.ds(pl.multiple_of(index * COPY_ROWS, COPY_ROWS), COPY_ROWS)
+        target[part, :] = source[part, :].astype(target.dtype)
+
+    whole = rows // COPY_ROWS
+    if whole:
+        jax.lax.fori_loop(0, whole, chunk, None)
+    if rows % COPY_ROWS:
+        target[whole * COPY_ROWS : rows, :] = source[whole * COPY_ROWS : rows, :].astype(target.dtype)
+
+
+def _run_of(plan: Plan, run: Any) -> Any:
+    """Where a run stands among the tokens."""
+    if plan.places_are_runs:
+        return pl.ds(run, plan.run, stride=plan.runs)
+    return pl.ds(run * plan.run, plan.run)
+
+
+def _each_run(plan: Plan, body: Any) -> None:
+    """body(run) for every run: unrolled where runs are frames, which may start at any row."""
+    if plan.places_are_runs:
+        jax.lax.fori_loop(0, plan.runs, lambda run, _: body(run), None)
+    else:
+        for run in range(plan.runs):
+            body(run)
+
+
+def stage_in(plan: Plan, ref: Ref, wide: Ref, staged: Ref) -> None:
+    """ref [S, lanes] into runs; `wide` float32[S, lanes] is left with ref's values.
+
+    Single rows can be addressed in 32-bit words only, hence the way through float32.
+    """
+    _copy(ref, wide, plan.tokens)
+    # Rows that are no tokens must hold numbers: they are masked, and NaN * 0 is NaN.
+    staged[...] = jnp.zeros(staged.shape, staged.dtype)
+
+    def one(run: Any) -> None:
+        start = run * plan.run_stored
+        if not isinstance(run, int):
+            start = pl.multiple_of(start, 16)
+        for lane in range(0, plan.lanes, LANES):
+            part = slice(lane, min(lane + LANES, plan.lanes))
+            staged[pl.ds(start, plan.run), part] = wide[_run_of(plan, run), part].astype(staged.dtype)
+
+    _each_run(plan, one)
+
+
+def stage_out(plan: Plan, staged: Ref, wide: Ref, ref: Ref, class_row: Array | None) -> None:
+    """Back from runs to [S, lanes]; class_row is float32[1, lanes]."""
+
+    def one(run: Any) -> None:
+        start = run * plan.run_stored
+        if not isinstance(run, int):
+            start = pl.multiple_of(start, 16)
+        for lane in range(0, plan.lanes, LANES):
+            part = slice(lane, min(lane + LANES, plan.lanes))
+            wide[_run_of(plan, run), part] = staged[pl.ds(start, plan.run), part].astype(jnp.float32)
+
+    _each_run(plan, one)
+    if class_row is not None:
+        wide[plan.tokens - 1 : plan.tokens, :] = class_row
+    _copy(wide, ref, plan.tokens)
