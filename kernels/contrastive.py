@@ -1,8 +1,9 @@
-"""Contrastive loss of paired video and text embeddings: argument checks, dispatch, and the XLA implementation.
+"""Contrastive loss of paired video and text embeddings: argument checks, dispatch, derivative, XLA tiles.
 
-The XLA implementation walks the score matrix in tiles, forward and backward, and never stores it whole. Across devices
-it passes the text blocks around a ring: a device holds its own rows and one visiting block, however many devices there
-are.
+Both implementations walk the score matrix in tiles, forward and backward, and never store it whole. Across devices the
+text rows go around a ring, together with what is summed up for them: a device holds its own rows and one visiting
+block, however many devices there are. The ring is in `contrastive_ring.py`, the tiles for
+TPU are in `contrastive_tpu.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import reference
-from .attention import resolve_implementation
+from . import contrastive_ring, contrastive_tpu, reference
 
 KINDS = ("softmax", "sigmoid")
+IMPLEMENTATIONS = ("pallas_tpu", "xla", "reference")
+ELSEWHERE = ("pallas_gpu", "cudnn")  # implementations of other ops
 TILE = 1024  # rows and columns of a tile at most: 4 MiB of float32 scores
 MASKED = -1e30  # score of a pair that does not count; finite, so that a tile without any pair does no harm
 
@@ -48,7 +50,8 @@ def contrastive_loss(
         axis_name: the mesh axis, or axes, over which the batch is split, inside `jax.shard_map`. B rows are here; the
             loss is that of the rows of all devices and is the same on all of them. Gradients of video and text are
             those of that global loss by the rows that are here, gradients of scale and bias are complete: add no psum.
-        implementation: see the package docstring.
+        implementation: "pallas_tpu" (bfloat16 and float32), "xla" or "reference"; None takes the kernels for TPU where
+            the program is lowered for one, and "xla" elsewhere.
 
     Returns:
         float32[].
@@ -70,12 +73,143 @@ def contrastive_loss(
     for name, x in (("scale", scale), ("bias", bias)):
         if x.shape != ():
             raise ValueError(f"{name} must be a number or a scalar array, not of shape {x.shape}")
-    if resolve_implementation(implementation) == "reference":
+    _check_implementation(implementation, video, text)
+    if implementation == "reference":
         if axis_name is not None:
             raise NotImplementedError("implementation 'reference' takes all rows on one device: axis_name must be None")
         return reference.contrastive_loss(video, text, scale, bias, kind=kind, groups=groups)
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    return _loss(video, text, scale, bias, groups, kind, axes)
+    if implementation is None and not _for_tpu(video, text):
+        implementation = "xla"
+    return _loss(video, text, scale, bias, groups, kind, axes, implementation)
+
+
+def _for_tpu(video: Array, text: Array) -> bool:
+    return all(str(x.dtype) in contrastive_tpu.DTYPES for x in (video, text))
+
+
+def _check_implementation(implementation: str | None, video: Array, text: Array) -> None:
+    if implementation in ELSEWHERE:
+        raise NotImplementedError(
+            f"implementation {implementation!r} has no contrastive loss; it must be None or one of {IMPLEMENTATIONS}"
+        )
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation == "pallas_tpu" and not _for_tpu(video, text):
+        raise NotImplementedError(
+            f"implementation 'pallas_tpu' takes embeddings of {contrastive_tpu.DTYPES}, not {video.dtype}, {text.dtype}"
+        )
+
+
+# --- value and derivative
+
+
+def _choose(implementation: str | None, for_tpu: Any, by_xla: Any, *arguments: Any) -> Any:
+    """The platform is that of lowering, not of this process: a program may be compiled for a TPU that is not here."""
+    if implementation is not None:
+        return (for_tpu if implementation == "pallas_tpu" else by_xla)(*arguments)
+    return jax.lax.platform_dependent(*arguments, tpu=for_tpu, default=by_xla)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _loss(
+    video: Array,
+    text: Array,
+    scale: Array,
+    bias: Array,
+    groups: Array | None,
+    kind: str,
+    axes: tuple[str, ...],
+    implementation: str | None,
+) -> Array:
+    if kind == "softmax":
+        return _forward(video, text, scale, bias, groups, kind, axes, implementation)[0]
+    losses = _choose(
+        implementation,
+        lambda *x: contrastive_ring.statistics(*x, kind, axes)[0],
+        lambda *x: _xla_statistics(*x, kind, axes)[0],
+        *(video, text, scale, bias, groups),
+    )
+    return _total(losses, video, text, scale, bias, axes)
+
+
+def _total(losses: Array, video: Array, text: Array, scale: Array, bias: Array, axes: tuple[str, ...]) -> Array:
+    """Mean of the losses of all rows."""
+    wide = scale.dtype
+    loss = jnp.sum(losses) / _global_size(video.shape[0], axes)
+    # A masked or saturated term could hide a broken number: none of them passes for a loss.
+    checked = jnp.sum(video.astype(wide)) + jnp.sum(text.astype(wide)) + scale + bias
+    loss = jnp.where(jnp.isfinite(checked), loss, jnp.nan)
+    return jax.lax.psum(loss, axes) if axes else loss
+
+
+def _forward(
+    video: Array,
+    text: Array,
+    scale: Array,
+    bias: Array,
+    groups: Array | None,
+    kind: str,
+    axes: tuple[str, ...],
+    implementation: str | None,
+) -> tuple[Array, Any]:
+    arguments = (video, text, scale, bias, groups)
+    if kind == "softmax":
+        rows, columns = _choose(
+            implementation,
+            lambda *x: contrastive_ring.statistics(*x, kind, axes),
+            lambda *x: _xla_statistics(*x, kind, axes),
+            *arguments,
+        )
+        losses = (rows + columns) / 2 - scale * contrastive_ring.products(video, text)
+        return _total(losses, video, text, scale, bias, axes), (*arguments, rows, columns)
+    # The derivative of a score is known from the score alone: value and gradients take one pass.
+    d_video, d_text, losses, d_bias = _choose(
+        implementation,
+        lambda *x: contrastive_ring.gradients(*x, None, None, kind, axes),
+        lambda *x: _xla_gradients(*x, None, None, kind, axes),
+        *arguments,
+    )
+    saved = *arguments, (d_video, d_text), d_bias
+    return _total(losses, video, text, scale, bias, axes), saved
+
+
+def _backward(
+    kind: str, axes: tuple[str, ...], implementation: str | None, saved: Any, gradient: Array
+) -> tuple[Any, ...]:
+    video, text, scale, bias, groups, first, second = saved
+    unit = gradient / _global_size(video.shape[0], axes)
+    if kind == "softmax":
+        unit = unit / 2
+        d_video, d_text, _, d_bias = _choose(
+            implementation,
+            lambda *x: contrastive_ring.gradients(*x, kind, axes),
+            lambda *x: _xla_gradients(*x, kind, axes),
+            *(video, text, scale, bias, groups, first, second),
+        )
+    else:
+        (d_video, d_text), d_bias = first, second
+    d_scale = jnp.sum(d_video * video.astype(d_video.dtype))
+    if axes:
+        d_scale, d_bias = jax.lax.psum((d_scale, d_bias), axes)
+    factor = unit * scale
+    return (
+        (factor * d_video).astype(video.dtype),
+        (factor * d_text).astype(text.dtype),
+        unit * d_scale,
+        unit * d_bias,
+        None,
+    )
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _global_size(batch: int, axes: tuple[str, ...]) -> int:
+    return batch * jax.lax.axis_size(axes) if axes else batch
+
+
+# --- XLA
 
 
 class _Rows(NamedTuple):
@@ -84,6 +218,28 @@ class _Rows(NamedTuple):
     embeddings: Array  # [..., E]
     place: Array | None  # int32 in the global batch, -1 for padding; None: all pairs count
     group: Array | None  # int32
+
+
+def _over_tiles(
+    tile: Any, own: _Rows, visitors: _Rows, of_rows: Any, of_columns: Any, axes: tuple[str, ...]
+) -> tuple[Any, Any]:
+    """of_row, of_column = tile(row, column, of_row, of_column) for the device's own rows with all devices' visitors."""
+
+    def step(of_rows: Any, _: int, columns: _Rows, of_columns: Any, home: Any) -> tuple[Any, Any]:
+        def over_rows(of_columns: Any, rows: Any) -> tuple[Any, Any]:
+            row, of_row = rows
+
+            def over_columns(of_row: Any, columns: Any) -> tuple[Any, Any]:
+                return tile(row, columns[0], of_row, columns[1])
+
+            of_row, of_columns = jax.lax.scan(over_columns, of_row, (columns, of_columns))
+            return of_columns, of_row
+
+        of_columns, of_rows = jax.lax.scan(over_rows, of_columns, (own, of_rows))
+        return of_rows, of_columns
+
+    of_rows, (of_columns,) = contrastive_ring.around(step, of_rows, [(visitors, of_columns)], axes)
+    return of_rows, of_columns
 
 
 def _tile_count(rows: int) -> int:
@@ -112,6 +268,17 @@ def _sides(video: Array, text: Array, groups: Array | None, kind: str, axes: tup
     return _Rows(_tiles(video), index, group), _Rows(_tiles(text), index, group)
 
 
+def _sigmoid_terms(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array, Array]:
+    """Losses of one tile [r, c] and their derivative by the score."""
+    _, scores, counts = _scores(video, text, scale, bias)
+    assert counts is not None  # sigmoid always has places
+    assert video.place is not None
+    assert text.place is not None
+    sign = jnp.where(video.place[:, None] == text.place[None, :], -1, 1).astype(scores.dtype)
+    losses, slope = jax.nn.softplus(sign * scores), sign * jax.nn.sigmoid(sign * scores)
+    return jnp.where(counts, losses, 0), jnp.where(counts, slope, 0)
+
+
 def _scores(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array, Array, Array | None]:
     """Products and scores of one tile [r, c], and which pairs count (None: all)."""
     wide = jnp.promote_types(video.embeddings.dtype, jnp.float32)
@@ -130,163 +297,80 @@ def _scores(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array
     return products, scale * products + bias, counts
 
 
-def _ring(body: Any, carry: Any, visitors: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
-    """carry, visitors = body(carry, visitors) once for each device's visitors, which end where they began."""
-    if not axes:
-        return body(carry, visitors)
-    size = jax.lax.axis_size(axes)
-    forward = [(i, (i + 1) % size) for i in range(size)]
-
-    def step(state: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
-        carry, visitors = body(*state)
-        return (carry, jax.tree.map(lambda x: jax.lax.ppermute(x, axes, forward), visitors)), None
-
-    return jax.lax.scan(step, (carry, visitors), None, length=size)[0]
-
-
-def _fresh(x: Array, axes: tuple[str, ...]) -> Array:
-    """Marks a constant as differing from device to device, as what is accumulated in it will."""
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def _global_size(batch: int, axes: tuple[str, ...]) -> int:
-    return batch * jax.lax.axis_size(axes) if axes else batch
-
-
-def _statistics(
-    video: _Rows, text: _Rows, scale: Array, bias: Array, kind: str, axes: tuple[str, ...]
+def _xla_statistics(
+    video: Array, text: Array, scale: Array, bias: Array, groups: Array | None, kind: str, axes: tuple[str, ...]
 ) -> tuple[Array, Array]:
     """One pass over all tiles. softmax: log-sum-exp by row and by column; sigmoid: loss by row, and nothing by column.
 
-    Both are [tiles, rows]; those by column are of the text rows that are here.
+    Both are [B]; those by column are of the text rows that are here.
     """
-    shape, wide = video.embeddings.shape[:2], scale.dtype
-    start = _fresh(jnp.full(shape, MASKED, wide), axes)
-    zero = _fresh(jnp.zeros(shape, wide), axes)
+    batch, wide = video.shape[0], scale.dtype
+    own, visitors = _sides(video, text, groups, kind, axes)
+    shape = own.embeddings.shape[:2]
 
     def add(top: Array, total: Array, scores: Array, axis: int) -> tuple[Array, Array]:
         new = jnp.maximum(top, jnp.max(scores, axis=axis))
         shifted = jnp.exp(scores - jnp.expand_dims(new, axis))
         return new, total * jnp.exp(top - new) + jnp.sum(shifted, axis=axis)
 
-    def softmax_tile(row: tuple[_Rows, Array, Array], column: tuple[_Rows, Array, Array]) -> tuple[Any, Any]:
-        rows, row_top, row_total = row
-        columns, column_top, column_total = column
-        _, scores, counts = _scores(rows, columns, scale, bias)
+    def softmax_tile(row: _Rows, column: _Rows, of_row: Any, of_column: Any) -> tuple[Any, Any]:
+        _, scores, counts = _scores(row, column, scale, bias)
         if counts is not None:
             scores = jnp.where(counts, scores, MASKED)
-        return (rows, *add(row_top, row_total, scores, 1)), (columns, *add(column_top, column_total, scores, 0))
+        return add(*of_row, scores, 1), add(*of_column, scores, 0)
 
-    def sigmoid_tile(row: tuple[_Rows, Array], column: tuple[_Rows]) -> tuple[Any, Any]:
-        rows, loss = row
-        (columns,) = column
-        _, scores, counts = _scores(rows, columns, scale, bias)
-        assert counts is not None  # sigmoid always has places
-        assert rows.place is not None
-        assert columns.place is not None
-        positive = rows.place[:, None] == columns.place[None, :]
-        terms = jnp.where(counts, jax.nn.softplus(jnp.where(positive, -scores, scores)), 0)
-        return (rows, loss + jnp.sum(terms, axis=1)), column
+    def sigmoid_tile(row: _Rows, column: _Rows, loss: Array, nothing: tuple[()]) -> tuple[Any, Any]:
+        return loss + jnp.sum(_sigmoid_terms(row, column, scale, bias)[0], axis=1), nothing
 
-    tile: Any
-    rows: Any
-    columns: Any
-    if kind == "softmax":
-        tile, rows, columns = softmax_tile, (video, start, zero), (text, start, zero)
-    else:
-        tile, rows, columns = sigmoid_tile, (video, zero), (text,)
-
-    def block(rows: Any, columns: Any) -> tuple[Any, Any]:
-        def over_rows(columns: Any, row: Any) -> tuple[Any, Any]:
-            row, columns = jax.lax.scan(tile, row, columns)
-            return columns, row
-
-        columns, rows = jax.lax.scan(over_rows, columns, rows)
-        return rows, columns
-
-    rows, columns = _ring(block, rows, columns, axes)
+    zero = contrastive_ring.fresh(jnp.zeros(shape, wide), axes)
     if kind == "sigmoid":
-        return rows[1], zero
-    return rows[1] + jnp.log(rows[2]), columns[1] + jnp.log(columns[2])
+        losses, _ = _over_tiles(sigmoid_tile, own, visitors, zero, (), axes)
+        return _untile(losses, batch), jnp.zeros(batch, wide)
+    start = contrastive_ring.fresh(jnp.full(shape, MASKED, wide), axes), zero
+    rows, columns = _over_tiles(softmax_tile, own, visitors, start, start, axes)
+    return _untile(rows[0] + jnp.log(rows[1]), batch), _untile(columns[0] + jnp.log(columns[1]), batch)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _loss(
-    video: Array, text: Array, scale: Array, bias: Array, groups: Array | None, kind: str, axes: tuple[str, ...]
-) -> Array:
-    return _forward(video, text, scale, bias, groups, kind, axes)[0]
+def _xla_gradients(
+    video: Array,
+    text: Array,
+    scale: Array,
+    bias: Array,
+    groups: Array | None,
+    row_lse: Array | None,
+    column_lse: Array | None,
+    kind: str,
+    axes: tuple[str, ...],
+) -> tuple[Array, Array, Array, Array]:
+    """P @ text and P.T @ video, with P the derivative of the sum of losses by the scores, and for "sigmoid" the loss.
 
-
-def _forward(
-    video: Array, text: Array, scale: Array, bias: Array, groups: Array | None, kind: str, axes: tuple[str, ...]
-) -> tuple[Array, Any]:
+    Returns:
+        wide[B, E] twice, then the sums of losses and of P, wide[]; for "softmax" nothing is in these two.
+    """
     batch, wide = video.shape[0], scale.dtype
-    rows, columns = _statistics(*_sides(video, text, groups, kind, axes), scale, bias, kind, axes)
-    losses = _untile(rows, batch)
-    if kind == "softmax":
-        positives = scale * jnp.sum(video.astype(wide) * text.astype(wide), axis=1)
-        losses = (losses + _untile(columns, batch)) / 2 - positives
-    loss = jnp.sum(losses) / _global_size(batch, axes)
-    # A masked or saturated term could hide a broken number: none of them passes for a loss.
-    checked = jnp.sum(video.astype(wide)) + jnp.sum(text.astype(wide)) + scale + bias
-    loss = jnp.where(jnp.isfinite(checked), loss, jnp.nan)
-    if axes:
-        loss = jax.lax.psum(loss, axes)
-    return loss, (video, text, scale, bias, groups, rows, columns)
+    own, visitors = _sides(video, text, groups, kind, axes)
 
-
-def _backward(kind: str, axes: tuple[str, ...], saved: Any, gradient: Array) -> tuple[Any, ...]:
-    video, text, scale, bias, groups, row_statistics, column_statistics = saved
-    batch, wide = video.shape[0], scale.dtype
-    unit = gradient / _global_size(batch, axes)
-    rows, columns = _sides(video, text, groups, kind, axes)
-
-    def tile(state: Any, column: Any) -> tuple[Any, Any]:
-        row, row_statistic, d_row, d_scale, d_bias = state
-        column, column_statistic, d_column = column
-        products, scores, counts = _scores(row, column, scale, bias)
+    def tile(row: _Rows, column: _Rows, of_row: Any, of_column: Any) -> tuple[Any, Any]:
+        d_row, lse, loss, d_bias = of_row
+        d_column, other_lse = of_column
         if kind == "softmax":
-            # The -1 at the true pairs is added after all tiles.
-            d_scores = jnp.exp(scores - row_statistic[:, None]) + jnp.exp(scores - column_statistic[None, :])
-            d_scores = d_scores * (unit / 2)
+            _, scores, counts = _scores(row, column, scale, bias)
+            p = jnp.exp(scores - lse[:, None]) + jnp.exp(scores - other_lse[None, :])
+            if counts is not None:
+                p = jnp.where(counts, p, 0)
         else:
-            positive = row.place[:, None] == column.place[None, :]
-            d_scores = unit * jnp.where(positive, -jax.nn.sigmoid(-scores), jax.nn.sigmoid(scores))
-        if counts is not None:
-            d_scores = jnp.where(counts, d_scores, 0)
+            losses, p = _sigmoid_terms(row, column, scale, bias)
+            loss, d_bias = loss + jnp.sum(losses, axis=1), d_bias + jnp.sum(p, axis=1)
         product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        d_row = d_row + scale * product("rc,ce->re", d_scores, column.embeddings.astype(wide))
-        d_column = d_column + scale * product("rc,re->ce", d_scores, row.embeddings.astype(wide))
-        d_scale = d_scale + jnp.sum(d_scores * products)
-        d_bias = d_bias + jnp.sum(d_scores)
-        return (row, row_statistic, d_row, d_scale, d_bias), (column, column_statistic, d_column)
+        d_row = d_row + product("rc,ce->re", p, column.embeddings.astype(wide))
+        d_column = d_column + product("rc,re->ce", p, row.embeddings.astype(wide))
+        return (d_row, lse, loss, d_bias), (d_column, other_lse)
 
-    def block(carry: Any, columns: Any) -> tuple[Any, Any]:
-        rows, d_rows, d_scale, d_bias = carry
-
-        def over_rows(state: Any, row: Any) -> tuple[Any, Any]:
-            columns, d_scale, d_bias = state
-            (_, _, d_row, d_scale, d_bias), columns = jax.lax.scan(tile, (*row, d_scale, d_bias), columns)
-            return (columns, d_scale, d_bias), d_row
-
-        (columns, d_scale, d_bias), d_rows = jax.lax.scan(
-            over_rows, (columns, d_scale, d_bias), (rows, row_statistics, d_rows)
-        )
-        return (rows, d_rows, d_scale, d_bias), columns
-
-    zero = _fresh(jnp.zeros((), wide), axes)
-    zeros = _fresh(jnp.zeros(rows.embeddings.shape, wide), axes)
-    carry, visitors = _ring(block, (rows, zeros, zero, zero), (columns, column_statistics, zeros), axes)
-    _, d_video, d_scale, d_bias = carry
-    d_video, d_text = _untile(d_video, batch), _untile(visitors[2], batch)
-    if kind == "softmax":
-        d_video = d_video - unit * scale * text.astype(wide)
-        d_text = d_text - unit * scale * video.astype(wide)
-        d_scale = d_scale - unit * jnp.sum(video.astype(wide) * text.astype(wide))
-        d_bias = jnp.zeros_like(d_bias)
-    if axes:
-        d_scale, d_bias = jax.lax.psum((d_scale, d_bias), axes)
-    return d_video.astype(video.dtype), d_text.astype(text.dtype), d_scale, d_bias, None
-
-
-_loss.defvjp(_forward, _backward)
+    shape = own.embeddings.shape
+    zeros, zero = contrastive_ring.fresh((jnp.zeros(shape, wide), jnp.zeros(shape[:2], wide)), axes)
+    lse, other_lse = (zero if x is None else _tiles(x) for x in (row_lse, column_lse))
+    rows, columns = _over_tiles(tile, own, visitors, (zeros, lse, zero, zero), (zeros, other_lse), axes)
+    d_video, d_text = _untile(rows[0], batch), _untile(columns[0], batch)
+    if kind == "softmax":  # at the true pairs P has a -1 for either direction
+        d_video, d_text = d_video - 2 * text.astype(wide), d_text - 2 * video.astype(wide)
+    return d_video, d_text, jnp.sum(rows[2]), jnp.sum(rows[3])

@@ -157,8 +157,13 @@ def test_an_implementation_that_is_not_there_says_so(name: str) -> None:
     x = jnp.zeros((1, 7, 2, 4))
     with pytest.raises(NotImplementedError, match=name):
         space_time_attention(x, x, x, frames=3, implementation=name)
-    with pytest.raises(NotImplementedError, match=name):
-        contrastive_loss(x[0, :, 0], x[0, :, 0], 1.0, implementation=name)
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "cudnn"])
+def test_an_implementation_of_other_ops_says_what_the_loss_has(name: str) -> None:
+    x = jnp.zeros((7, 4))
+    with pytest.raises(NotImplementedError, match=f"{name}.*'pallas_tpu', 'xla', 'reference'"):
+        contrastive_loss(x, x, 1.0, implementation=name)
 
 
 # --- attention of language models
