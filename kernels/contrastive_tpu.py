@@ -197,6 +197,17 @@ def _over_chunks(chunk: Callable[[Any, bool], None], sizes: Layout, masked: Any,
         pl.when(masked)(looped)
 
 
+def _cost(sizes: Layout, matmuls: int, exponentials: int) -> pl.CostEstimate:
+    """Of one call, so that the compiler knows how much of an exchange it hides."""
+    pairs = sizes.rows * sizes.columns
+    embeddings = (sizes.rows + sizes.columns) * sizes.width
+    return pl.CostEstimate(
+        flops=2 * matmuls * pairs * sizes.width,
+        transcendentals=exponentials * pairs,
+        bytes_accessed=embeddings * (2 if matmuls == 1 else 10),
+    )
+
+
 _SMEM = pl.BlockSpec(memory_space=pltpu.SMEM)
 _HBM = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -209,6 +220,7 @@ def _call(
     outputs: list[tuple[tuple[int, ...], pl.BlockSpec]],
     aliases: dict[int, int],
     scratch: list[Any],
+    cost: pl.CostEstimate,
 ) -> list[Array]:
     """pallas_call of float32 outputs; inputs that are None are left out of the call and given to the body as None."""
     there = [x is not None for x, _ in inputs]
@@ -228,6 +240,7 @@ def _call(
         out_shape=[like.update(shape=shape, dtype=jnp.dtype("float32"), weak_type=False) for shape, _ in outputs],
         input_output_aliases={sum(there[:n]): out for n, out in aliases.items()},
         scratch_shapes=scratch,
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
@@ -353,6 +366,7 @@ def statistics(
         [(x.shape, spec) for x, spec in zip(states, specs, strict=True)],
         {6 + n: n for n in range(len(states))},
         [],
+        _cost(sizes, 1, 1 if softmax else 3),
     )
     return tuple(out[: len(rows)]), tuple(out[len(rows) :])
 
@@ -511,5 +525,6 @@ def gradients(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA(()),
         ],
+        _cost(sizes, 3, 2 if softmax else 3),
     )
     return out[0], out[1], None if softmax else out[2]
