@@ -124,10 +124,10 @@ def _loss(
 ) -> Array:
     if kind == "softmax":
         return _forward(video, text, scale, bias, groups, kind, axes, implementation)[0]
-    losses = _choose(
+    losses, _ = _choose(
         implementation,
-        lambda *x: contrastive_ring.statistics(*x, kind, axes)[0],
-        lambda *x: _xla_statistics(*x, kind, axes)[0],
+        functools.partial(contrastive_ring.statistics, kind=kind, axes=axes),
+        functools.partial(_xla_statistics, kind=kind, axes=axes),
         *(video, text, scale, bias, groups),
     )
     return _total(losses, video, text, scale, bias, axes)
@@ -157,8 +157,8 @@ def _forward(
     if kind == "softmax":
         rows, columns = _choose(
             implementation,
-            lambda *x: contrastive_ring.statistics(*x, kind, axes),
-            lambda *x: _xla_statistics(*x, kind, axes),
+            functools.partial(contrastive_ring.statistics, kind=kind, axes=axes),
+            functools.partial(_xla_statistics, kind=kind, axes=axes),
             *arguments,
         )
         losses = (rows + columns) / 2 - scale * contrastive_ring.products(video, text)
@@ -166,9 +166,9 @@ def _forward(
     # The derivative of a score is known from the score alone: value and gradients take one pass.
     d_video, d_text, losses, d_bias = _choose(
         implementation,
-        lambda *x: contrastive_ring.gradients(*x, None, None, kind, axes),
-        lambda *x: _xla_gradients(*x, None, None, kind, axes),
-        *arguments,
+        functools.partial(contrastive_ring.gradients, kind=kind, axes=axes),
+        functools.partial(_xla_gradients, kind=kind, axes=axes),
+        *(*arguments, None, None),
     )
     saved = *arguments, (d_video, d_text), d_bias
     return _total(losses, video, text, scale, bias, axes), saved
@@ -183,8 +183,8 @@ def _backward(
         unit = unit / 2
         d_video, d_text, _, d_bias = _choose(
             implementation,
-            lambda *x: contrastive_ring.gradients(*x, kind, axes),
-            lambda *x: _xla_gradients(*x, kind, axes),
+            functools.partial(contrastive_ring.gradients, kind=kind, axes=axes),
+            functools.partial(_xla_gradients, kind=kind, axes=axes),
             *(video, text, scale, bias, groups, first, second),
         )
     else:
@@ -308,7 +308,8 @@ def _xla_statistics(
     own, visitors = _sides(video, text, groups, kind, axes)
     shape = own.embeddings.shape[:2]
 
-    def add(top: Array, total: Array, scores: Array, axis: int) -> tuple[Array, Array]:
+    def add(state: tuple[Array, Array], scores: Array, axis: int) -> tuple[Array, Array]:
+        top, total = state
         new = jnp.maximum(top, jnp.max(scores, axis=axis))
         shifted = jnp.exp(scores - jnp.expand_dims(new, axis))
         return new, total * jnp.exp(top - new) + jnp.sum(shifted, axis=axis)
@@ -317,7 +318,7 @@ def _xla_statistics(
         _, scores, counts = _scores(row, column, scale, bias)
         if counts is not None:
             scores = jnp.where(counts, scores, MASKED)
-        return add(*of_row, scores, 1), add(*of_column, scores, 0)
+        return add(of_row, scores, 1), add(of_column, scores, 0)
 
     def sigmoid_tile(row: _Rows, column: _Rows, loss: Array, nothing: tuple[()]) -> tuple[Any, Any]:
         return loss + jnp.sum(_sigmoid_terms(row, column, scale, bias)[0], axis=1), nothing

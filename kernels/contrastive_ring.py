@@ -65,7 +65,7 @@ def _tpu_sides(
 ) -> tuple[kernels.Layout, Array, Array | None, list[tuple[Array, Array | None]]]:
     """Sizes; the rows of the device and their groups; the same of the visitors, [parts, columns, ...] a direction."""
     dtype = jnp.promote_types(video.dtype, text.dtype)
-    sizes = kernels.layout(*video.shape, dtype, split=bool(axes))
+    sizes = kernels.layout(video.shape[0], video.shape[1], dtype, split=bool(axes))
     video, text = (kernels.padded(x.astype(dtype), sizes) for x in (video, text))
     text = text.reshape(sizes.streams, sizes.columns, sizes.width)
     row_groups = column_groups = None
@@ -124,8 +124,8 @@ def statistics(
     batch = video.shape[0]
     softmax = kind == "softmax"
     top, running = jnp.float32(0), jnp.bool_(True)
+    scale, bias = scale * kernels.LOG2E, bias * kernels.LOG2E
     if softmax:
-        scale = scale * kernels.LOG2E
         bias, running = _fixed_maximum(video, text, scale, axes)
         top = jnp.where(running, kernels.MASKED, bias)
     sizes, video, row_groups, visitors = _tpu_sides(video, text, groups, axes)
@@ -143,7 +143,7 @@ def statistics(
     starts = [jax.tree.map(lambda x, n=x[0].shape[0]: jnp.stack([x] * n), columns) for x in visitors]
     rows, ends = around(step, rows, list(zip(visitors, starts)), axes, unroll=2)
     if not softmax:
-        return jnp.sum(rows[0], axis=1)[:batch], jnp.zeros(batch)
+        return jnp.sum(rows[0], axis=1)[:batch] / kernels.LOG2E, jnp.zeros(batch, jnp.float32)
     of_columns = jnp.concatenate([jax.vmap(lambda *x: kernels.merged(x, 0))(*end) for end in ends])
     return kernels.merged(rows, 1)[:batch], of_columns.reshape(-1)[:batch]
 
@@ -163,12 +163,11 @@ def gradients(
     sizes, video, row_groups, visitors = _tpu_sides(video, text, groups, axes)
     lses: list[Any] = [None] * len(visitors)
     if row_lse is not None and column_lse is not None:
-        scale = scale * kernels.LOG2E
         row_lse, column_lse = (kernels.padded(x * kernels.LOG2E, sizes) for x in (row_lse, column_lse))
         row_lse = kernels.by_row(row_lse)
         column_lse = column_lse.reshape(sizes.streams, 1, sizes.columns)
         lses = [column_lse[part] for part in _directions(sizes)]
-    numbers = jnp.stack([scale, bias])
+    numbers = jnp.stack([scale, bias]) * kernels.LOG2E
 
     def step(carry: Any, index: int, visitors: Any, d_text: Array, home: Any) -> tuple[Any, Any]:
         def part(carry: Any, number: Any, visitors: Any) -> tuple[Any, Any]:
@@ -184,4 +183,4 @@ def gradients(
     carry = fresh((jnp.zeros(video.shape, jnp.float32), jnp.zeros(2, jnp.float32)), axes)
     (d_video, sums), ends = around(step, carry, list(zip(zip(visitors, lses), starts)), axes, unroll=2)
     d_text = jnp.concatenate(ends).reshape(sizes.rows, sizes.width)
-    return d_video[:batch, :width], d_text[:batch, :width], sums[0], sums[1]
+    return d_video[:batch, :width], d_text[:batch, :width], sums[0] / kernels.LOG2E, sums[1]

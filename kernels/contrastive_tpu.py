@@ -98,7 +98,9 @@ def by_row(x: Array) -> Array:
 class Visit(NamedTuple):
     """What a call needs to know beside the embeddings."""
 
-    numbers: Array  # float32[2]: factor of the products; their bias (sigmoid) or the fixed maximum (softmax)
+    numbers: (
+        Array  # float32[2]: factor of the products; their bias (sigmoid) or the fixed maximum (softmax); times log2(e)
+    )
     places: Array  # int32[3]: are the visitors the device's own rows; place of the first of them; 0 if maxima are fixed
     row_groups: Array | None  # int32[rows, 128]
     column_groups: Array | None  # int32[1, columns]
@@ -147,13 +149,11 @@ class _Masks(NamedTuple):
         return positive, counts
 
 
-def _softplus(x: Array) -> tuple[Array, Array]:
-    """log(1 + exp(x)) and its derivative. Small terms matter: there are as many as pairs."""
-    small = jnp.exp2(jnp.abs(x) * -LOG2E)  # exp(-|x|)
-    inverse = 1 / (1 + small)
-    series = small * (1 - small * (0.5 - small * (1 / 3)))
-    log = jnp.where(small < 0.004, series, jnp.log(1 + small))
-    return jnp.maximum(x, 0) + log, jnp.where(x >= 0, inverse, small * inverse)
+def _softplus(x: Array) -> Array:
+    """log2(1 + 2**x). Small terms matter, as there are as many as pairs: 1 + small would lose them."""
+    small = jnp.exp2(-jnp.abs(x))
+    series = small * (LOG2E - small * (LOG2E / 2))
+    return jnp.maximum(x, 0) + jnp.where(small < 2**-11, series, jnp.log2(1 + small))
 
 
 def _registers(x: Array) -> Array:
@@ -242,7 +242,7 @@ def _call(
         scratch_shapes=scratch,
         cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=(pltpu.GridDimensionSemantics.ARBITRARY,) * len(grid), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
     )(*arrays)
 
@@ -253,7 +253,7 @@ def _call(
 def start_of_statistics(sizes: Layout, kind: str, top: Array | float = MASKED) -> tuple[Any, Any]:
     """State of the rows, [rows, 128] each, and of one part of the columns, [8, columns] each.
 
-    softmax: maximum so far and sum of exponentials of what is above it; sigmoid: loss, of the rows only.
+    softmax: maximum so far and sum of exponentials of what is above it; sigmoid: loss / log(2), of the rows only.
     """
     rows, columns = (sizes.rows, LANES), (SUBLANES, sizes.columns)
     if kind == "sigmoid":
@@ -305,7 +305,7 @@ def statistics(
             if masked:
                 positive, counts = masks.of(i, j, first, sizes.chunk)
                 x = jnp.where(counts, jnp.where(positive, -x, x), MASKED)
-            state[0][...] += functools.reduce(jnp.add, lanes(_softplus(x)[0]))
+            state[0][...] += functools.reduce(jnp.add, lanes(_softplus(x)))
 
         def fixed(x: Array, first: Any, masked: bool) -> None:
             if masked:
@@ -388,7 +388,7 @@ def gradients(
 
     softmax: row_lse [rows, 128] and column_lse [1, columns] are log-sum-exps of base 2; the loss is taken to be the sum
     over rows and columns of log-sum-exp less score of the true pair, with no division by two. sigmoid: they are None,
-    and the third result is float32[2, 8, 128], parts of the sums of loss and of P.
+    and the third result is float32[2, 8, 128], parts of the sums of loss / log(2) and of P.
     """
     softmax = row_lse is not None
     down, across = sizes.rows // sizes.row_block, sizes.columns // sizes.column_block
@@ -408,13 +408,16 @@ def gradients(
         d_text_out: Any,
         *rest: Any,
     ) -> None:
-        sums, (d_rows, d_columns, rows_in, rows_out, columns_in, columns_out) = rest[:-6], rest[-6:]
+        sums, scratch = rest[:-8], rest[-8:]
+        d_rows, d_columns, late_rows, late_columns, rows_in, rows_out, columns_in, columns_out = scratch
         i, j = pl.program_id(0), pl.program_id(1)
         masks = _Masks(sizes, places, row_groups, column_groups)
         slot = i % 2
 
         # Both gradients live in scratch while they grow. Those of the visitors stay for the whole call, each block read
         # just before its first use and written after its last. Those of the rows take turns in two slots.
+
+        # The first tile does not wait for what it adds to, which would have nothing to hide behind.
 
         def of_rows(n: Any, back: bool) -> Any:
             here, there = d_rows.at[n % 2], pl.ds(n * sizes.row_block, sizes.row_block)
@@ -429,11 +432,16 @@ def gradients(
             return pltpu.make_async_copy(d_text_in.at[part], d_columns.at[part], columns_in.at[n % 2])
 
         first_tile = (i == 0) & (j == 0)
+        first_blocks = (
+            (d_video_in, d_rows.at[0], late_rows, rows_in.at[0]),
+            (d_text_in, d_columns.at[pl.ds(0, sizes.column_block)], late_columns, columns_in.at[0]),
+        )
 
         @pl.when(first_tile)
         def _() -> None:
-            of_rows(0, False).start()
-            of_columns(0, False).start()
+            for source, target, late, arrived in first_blocks:
+                pltpu.make_async_copy(source.at[pl.ds(0, late.shape[0])], late, arrived).start()
+                target[...] = jnp.zeros(target.shape, jnp.float32)
             for x in sums:
                 x[...] = jnp.zeros(x.shape, jnp.float32)
 
@@ -441,8 +449,8 @@ def gradients(
         def _() -> None:
             of_columns(j + 1, False).start()
 
-        pl.when(j == 0)(lambda: of_rows(i, False).wait())
-        pl.when(i == 0)(lambda: of_columns(j, False).wait())
+        pl.when((i > 0) & (j == 0))(lambda: of_rows(i, False).wait())
+        pl.when((i == 0) & (j > 0))(lambda: of_columns(j, False).wait())
 
         @pl.when((j == across - 1) & (i + 1 < down))
         def _() -> None:
@@ -463,7 +471,8 @@ def gradients(
             if masked:
                 positive, counts = masks.of(i, j, first, sizes.chunk)
                 x = jnp.where(counts, jnp.where(positive, -x, x), MASKED)
-            loss, p = _softplus(x)
+            loss = _softplus(x)
+            p = jnp.exp2(x - loss)
             if masked:
                 p = jnp.where(positive, -p, p)
             (total,) = sums
@@ -483,6 +492,12 @@ def gradients(
             )
 
         _over_chunks(chunk, sizes, masks.needed(i, j, positives=True), row_groups is not None)
+
+        @pl.when(first_tile)
+        def _() -> None:
+            for source, target, late, arrived in first_blocks:
+                pltpu.make_async_copy(source.at[pl.ds(0, late.shape[0])], late, arrived).wait()
+                target[...] += late[...]
 
         pl.when(j == across - 1)(lambda: of_rows(i, True).start())
         pl.when(i == down - 1)(lambda: of_columns(j, True).start())
@@ -520,6 +535,8 @@ def gradients(
         [
             pltpu.VMEM((2, sizes.row_block, sizes.width), jnp.float32),
             pltpu.VMEM((sizes.columns, sizes.width), jnp.float32),
+            pltpu.VMEM((sizes.row_block, sizes.width), jnp.float32),
+            pltpu.VMEM((sizes.column_block, sizes.width), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
