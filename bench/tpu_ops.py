@@ -1,0 +1,157 @@
+"""pyvdl's ops as programs for bench.tpu_static, at the paper's shapes: whole ops, from [B, S, N*D] to [B, S, N*D].
+
+A ViT holds its tokens as [B, S, N*D]; what an op needs to change that for its kernels is part of its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from bench.tpu_static import Product, Program
+
+BATCH = 8
+HEADS = 16
+EMBEDDING = 768
+WHATS = ("fwd", "fwd+bwd")
+
+type Core = Callable[[Array, Array, Array], Array]  # of q, k, v [B, S, N, D]
+
+
+def score_products(what: str, queries: int, keys: int, head_dim: int, count: int) -> tuple[Product, ...]:
+    """The matrix work of `count` attentions with the least rows that stream.
+
+    Scores are held as [keys, queries], so that the other products, transposed too, stream head_dim rows over them.
+    """
+    scores = Product(keys, head_dim, queries, count)
+    others = Product(head_dim, keys, queries, count)  # outputs, and dQ, dK, dV
+    if what == "fwd":
+        return scores, others
+    # Backward has the scores again and their gradient.
+    return scores, others, scores, scores, others, others, others
+
+
+def whole_attention(
+    core: Core,
+    what: str,
+    tokens: int,
+    head_dim: int,
+    *,
+    heads: int,
+    pairs: int,
+    products: tuple[Product, ...],
+) -> Program:
+    """A core as a whole op on bfloat16[BATCH, tokens, HEADS * head_dim]; simulated is one row with `heads` heads.
+
+    pairs: of a query and a key, of one head of one row.
+    """
+    if what not in WHATS:
+        raise ValueError(f"what must be one of {WHATS}, not {what!r}")
+
+    def op(q: Array, k: Array, v: Array) -> Array:
+        out = core(*(x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v)))
+        return out.reshape(q.shape)
+
+    def both(q: Array, k: Array, v: Array, gradient: Array) -> tuple[Array, ...]:
+        out, pull = jax.vjp(op, q, k, v)
+        return out, *pull(gradient)
+
+    forward = what == "fwd"
+
+    def args(batch: int, heads: int) -> tuple[Any, ...]:
+        x = jax.ShapeDtypeStruct((batch, tokens, heads * head_dim), jnp.bfloat16)
+        return (x,) * (3 if forward else 4)
+
+    return Program(
+        fn=op if forward else both,
+        args=args(1, heads),
+        scale=BATCH * HEADS / heads,
+        whole_args=args(BATCH, HEADS),
+        flops=(4 if forward else 14) * BATCH * HEADS * pairs * head_dim,
+        products=products,
+        hbm_bytes=(4 if forward else 8) * 2 * BATCH * tokens * HEADS * head_dim,
+    )
+
+
+def attention(
+    mode: str,
+    what: str,
+    frames: int,
+    patches: int,
+    class_tokens: int,
+    head_dim: int,
+    implementation: str = "pallas_tpu",
+    heads: int = HEADS,
+) -> Program:
+    """pyvdl.kernels.space_time_attention."""
+    from pyvdl.kernels import space_time_attention
+
+    def core(q: Array, k: Array, v: Array) -> Array:
+        return space_time_attention(
+            q, k, v, frames=frames, mode=mode, class_tokens=class_tokens, implementation=implementation
+        )
+
+    tokens = frames * patches + class_tokens
+    count = BATCH * HEADS
+    if mode == "joint":
+        pairs = tokens**2
+        products = score_products(what, tokens, tokens, head_dim, count)
+    elif mode == "space":
+        pairs = frames * patches * (patches + class_tokens) + class_tokens * tokens
+        products = score_products(what, patches, patches + class_tokens, head_dim, count * frames)
+    else:
+        # Products of a few rows and columns need no MXU: only the bytes are a bound.
+        pairs = patches * frames * (frames + class_tokens) + class_tokens * tokens
+        products = ()
+    return whole_attention(core, what, tokens, head_dim, heads=heads, pairs=pairs, products=products)
+
+
+def contrastive(kind: str, rows: int, implementation: str = "pallas_tpu") -> Program:
+    """pyvdl.kernels.contrastive_loss of one chip, value and both gradients: one step of the ring."""
+    return loss_program(_loss(kind, implementation, None), kind, rows)
+
+
+def contrastive_ring(kind: str, rows: int, chips: int, implementation: str = "pallas_tpu") -> Program:
+    """The same over chips with `rows` rows each; what is told is of one chip."""
+    batch = PartitionSpec("chips")
+    scalar = PartitionSpec()
+    ring = jax.shard_map(
+        jax.value_and_grad(_loss(kind, implementation, "chips"), argnums=(0, 1)),
+        in_specs=(batch, batch, scalar),
+        out_specs=(scalar, (batch, batch)),
+    )
+    x = jax.ShapeDtypeStruct((rows * chips, EMBEDDING), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    return Program(fn=ring, args=(x, x, scale), partitions=(batch, batch, scalar))
+
+
+def _loss(kind: str, implementation: str, axis_name: str | None) -> Callable[..., Array]:
+    from pyvdl.kernels import contrastive_loss
+
+    bias = None if kind == "softmax" else -10.0
+
+    def loss(video: Array, text: Array, scale: Array) -> Array:
+        return contrastive_loss(video, text, scale, bias, kind=kind, axis_name=axis_name, implementation=implementation)
+
+    return loss
+
+
+def loss_program(loss: Callable[..., Array], kind: str, rows: int) -> Program:
+    """Value and gradients by video and text of a loss(video, text, scale) on bfloat16[rows, EMBEDDING]."""
+    x = jax.ShapeDtypeStruct((rows, EMBEDDING), jnp.bfloat16)
+    scores = Product(rows, EMBEDDING, rows, 1)
+    gradient = Product(EMBEDDING, rows, rows, 1)  # of one side
+    # A softmax needs all scores before the first gradient: without storing them they are computed twice.
+    passes = (2 if kind == "softmax" else 1) * (scores,) + 2 * (gradient,)
+    return Program(
+        fn=jax.value_and_grad(loss, argnums=(0, 1)),
+        args=(x, x, jax.ShapeDtypeStruct((), jnp.float32)),
+        flops=3 * 2 * rows * rows * EMBEDDING,
+        products=passes,
+        hbm_bytes=4 * 2 * rows * EMBEDDING,
+    )

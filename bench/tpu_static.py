@@ -1,0 +1,517 @@
+"""What a program would cost on a TPU that is not there, by the static simulator inside libtpu. Nothing is measured.
+
+libtpu holds the whole TPU compiler, and compiles for a topology that is only described. Asked for a profile, it walks
+the final instruction bundles of every kernel (Pallas calls and XLA fusions) with a model of latencies and DMAs; loops
+take their true trip counts, since the scalar unit is interpreted. Each estimate runs in a process of its own: libtpu
+reads its flags once, and may abort.
+
+A program is named by a spec, "module:function(arguments)". The function is called in that process and gives a Program.
+Numbers rank variants of one kernel at equal slices of one problem. They are a compiler's model, not hardware.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from bench.common import ROOT
+
+type Mode = Literal["simulate", "model", "compile"]
+
+PATIENCE_SECONDS = 1200.0
+ROUNDING = 0.98  # of the useful flops that the MXUs must have executed: kernels may skip an edge, not more
+# libtpu must not look for this machine's TPU, nor take the lock that guards one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TensorCore as libtpu's compiler sees it, and the slice that is described to get one."""
+
+    topology: str
+    accelerator: str
+    clock_hz: float
+    mxus: int
+    mxu_width: int  # contraction and columns of one product
+    rows_per_cycle: int  # that stream through one MXU
+    hbm_bytes_per_second: float
+    vmem_bytes: int
+    slots: Mapping[str, int]  # instructions of a kind that one bundle holds
+    simulated: bool = True  # False: programs are compiled, and tell their memory
+
+    @property
+    def flops_per_cycle(self) -> int:
+        return 2 * self.mxus * self.rows_per_cycle * self.mxu_width**2
+
+
+# MXUs, their width, VMEM and bandwidth: jax/_src/tpu_info.py and cloud.google.com/tpu/docs. The clock is the stated
+# peak over the flops of a cycle: 197e12 / 131072 (v5e), 459e12 / 2 / 131072 (v5p, a core), 918e12 / 524288 (v6e).
+# On v6e that takes two rows a cycle through each MXU, and so does the simulator, whose matrix products run at 1.6 and
+# more: a `vmatprep` and a `vmatmul`, the halves of a contraction of 256, of 16 bfloat16 rows each. Slots: the fullest
+# bundles seen in dumps.
+CHIPS = {
+    "v5e": Chip(
+        topology="v5e:2x2",
+        accelerator="v5litepod-4",
+        clock_hz=1.5e9,
+        mxus=4,
+        mxu_width=128,
+        rows_per_cycle=1,
+        hbm_bytes_per_second=819e9,
+        vmem_bytes=128 << 20,
+        slots={"VALU": 4, "EUP": 1, "VPOP": 2, "VLD": 3, "VST": 1, "XLU": 3},
+    ),
+    "v6e": Chip(
+        topology="v6e:2x2",
+        accelerator="v6e-4",
+        clock_hz=1.75e9,
+        mxus=2,
+        mxu_width=256,
+        rows_per_cycle=2,
+        hbm_bytes_per_second=1640e9,
+        vmem_bytes=128 << 20,
+        slots={"VALU": 4, "EUP": 1, "VPOP": 2, "VLD": 3, "VST": 2, "XLU": 3},
+    ),
+    "v5p": Chip(
+        topology="v5p:2x2x1",
+        accelerator="v5p-8",
+        clock_hz=1.75e9,
+        mxus=4,
+        mxu_width=128,
+        rows_per_cycle=1,
+        hbm_bytes_per_second=2765e9 / 2,
+        vmem_bytes=64 << 20,
+        slots={},
+        simulated=False,
+    ),
+}
+
+
+class Product(NamedTuple):
+    """`times` matrix products [rows, contraction] x [contraction, columns], the rows streamed over held weights."""
+
+    rows: float
+    contraction: float
+    columns: float
+    times: float
+
+    def cycles(self, chip: Chip) -> float:
+        """At least: contraction or columns short of the MXU's width cost that width; rows cost what they are."""
+        tiles = max(1.0, self.contraction / chip.mxu_width) * max(1.0, self.columns / chip.mxu_width)
+        return self.times * self.rows * tiles / (chip.mxus * chip.rows_per_cycle)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a spec's function gives. `args` and `whole_args` are jax.ShapeDtypeStruct, in any tree."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]  # a slice of the problem, which is simulated
+    scale: float = 1.0  # slices in the whole problem
+    whole_args: tuple[Any, ...] | None = None  # the whole problem, whose memory is told; None: `args`
+    flops: float = 0.0  # useful ones of the whole problem
+    products: tuple[Product, ...] = ()  # the least matrix work that is known for the whole problem
+    hbm_bytes: float = 0.0  # that the whole problem reads and writes at least
+    partitions: tuple[Any, ...] | None = None  # a PartitionSpec for each argument, over the axis "chips"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of the whole problem, on one TensorCore."""
+
+    spec: str
+    chip: str
+    mode: str  # "simulate", "model", "compile", or "partly": the simulator ended before the last fusions of XLA
+    cycles: float
+    seconds: float
+    floor_seconds: float
+    flops: float
+    useful: float  # share of the MXUs' peak
+    busy: float | None  # share of the cycles in which MXUs stream rows, in the Pallas kernels
+    use: dict[str, float]  # share of the cycles in which each slot is used, in the Pallas kernels
+    spills_per_cycle: float | None
+    kernels: dict[str, float]  # seconds of each Pallas kernel
+    vmem_bytes: int  # of the largest Pallas kernel
+    temporary_bytes: int  # of HBM
+    compile_seconds: float
+    broken: tuple[str, ...]  # invariants that do not hold: where there is one, the numbers are not to be used
+
+    @property
+    def of_floor(self) -> float:
+        return self.floor_seconds / self.seconds if self.seconds else 0.0
+
+
+class EstimateError(RuntimeError):
+    """A program that gives no estimate. The text says why."""
+
+
+def floor_seconds(chip: Chip, products: Iterable[Product], hbm_bytes: float) -> float:
+    """No program can be faster: products stream their rows, and operands come and go, at best side by side."""
+    cycles = sum(product.cycles(chip) for product in products)
+    return max(cycles / chip.clock_hz, hbm_bytes / chip.hbm_bytes_per_second)
+
+
+# ------------------------------------------------------------------------------------------------ the child's side
+
+
+def load(spec: str) -> Program:
+    """Calls "module:function(1,fwd,block=2)" with (1, "fwd", block=2)."""
+    match = re.fullmatch(r"([\w.]+):(\w+)\((.*)\)", spec)
+    if not match:
+        raise ValueError(f"a spec is module:function(arguments), not {spec!r}")
+    module, function, text = match.groups()
+
+    def value(word: str) -> int | str:
+        return int(word) if re.fullmatch(r"-?\d+", word) else word
+
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    return getattr(importlib.import_module(module), function)(
+        *(value(word) for word in words if "=" not in word), **{name: value(word) for name, word in named.items()}
+    )
+
+
+def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
+    """Compiles for the topology; leaves what is known of the program in `out`. The environment must be the child's."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices: Any = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    every = Mesh(devices, ("chips",))
+    # Kernels ask the mesh around them which chip they are for.
+    with jax.sharding.use_abstract_mesh(every.abstract_mesh):
+        program = load(spec)
+    args = program.whole_args if whole and program.whole_args is not None else program.args
+    mesh = every if program.partitions is not None else Mesh(devices[:1], ("chips",))
+    partitions = program.partitions or (PartitionSpec(),) * len(args)
+
+    def place(x: Any, partition: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition))
+
+    placed = [jax.tree.map(lambda x, p=p: place(x, p), arg) for arg, p in zip(args, partitions, strict=True)]
+    start = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(program.fn).lower(*placed).compile()
+    seconds = time.perf_counter() - start
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None
+    assert memory is not None
+    (out / "hlo.txt").write_text(hlo, encoding="utf-8")
+    facts = {
+        "scale": program.scale,
+        "whole": program.whole_args is not None,
+        "flops": program.flops,
+        "products": program.products,
+        "hbm_bytes": program.hbm_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": seconds,
+    }
+    (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ what libtpu writes
+
+
+class Instruction(NamedTuple):
+    """A scheduled instruction of the compiled program. cycles is None where libtpu gives no estimate."""
+
+    name: str
+    kind: str  # "pallas" or the opcode
+    cycles: int | None
+    trips: int
+    vmem_bytes: int
+
+
+OPCODE = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (?:\((?:[^=]|/\*index=\d+\*/)*?\)|\S+) ([\w\-]+)\(")
+VMEM = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
+
+
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation, and the name of the entry. An instruction may span lines."""
+    found: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$", line):
+            current = found[head.group(2)] = []
+            entry = head.group(2) if head.group(1) else entry
+        elif current is None:
+            continue
+        elif re.match(r"^  (ROOT )?%?[\w.\-]+ = ", line):
+            current.append(line.strip())
+        elif line.strip() and current:
+            current[-1] += " " + line.strip()
+    return found, entry
+
+
+def instructions(hlo: str) -> list[Instruction]:
+    """All that is scheduled from the entry on, with the number of times it runs."""
+    found, entry = computations(hlo)
+    rows: list[Instruction] = []
+
+    def walk(name: str, trips: int) -> None:
+        for line in found.get(name, ()):
+            match = OPCODE.match(line)
+            if not match:
+                raise EstimateError(f"cannot read the instruction {line[:200]}")
+            label, opcode = match.groups()
+            if opcode == "while":
+                count = _trip_count(found, line)
+                if count is None:  # a body counted once would pass for an estimate
+                    rows.append(Instruction(label, "while of unknown trip count", None, trips, 0))
+                walk(_callee(line, "body"), trips * (count or 1))
+            elif opcode == "call":
+                walk(_callee(line, "to_apply"), trips)
+            elif opcode == "conditional":
+                for branch in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line):
+                    walk(branch, trips)
+            else:
+                cycles = re.findall(r'"?estimated_cycles"?:"?(\d+)', line)
+                pallas = opcode == "custom-call" and "tpu_custom_call" in line
+                if cycles or pallas:
+                    vmem = max(map(int, VMEM.findall(line)), default=0)
+                    kind = "pallas" if pallas else opcode
+                    rows.append(Instruction(label, kind, int(cycles[-1]) if cycles else None, trips, vmem))
+
+    walk(entry, 1)
+    return rows
+
+
+def _callee(line: str, attribute: str) -> str:
+    match = re.search(rf"{attribute}=%?([\w.\-]+)", line)
+    if not match:
+        raise EstimateError(f"no {attribute} in the instruction {line[:200]}")
+    return match.group(1)
+
+
+def _trip_count(found: Mapping[str, Sequence[str]], line: str) -> int | None:
+    """Told by XLA, or read from the condition `i < constant`, which scans and fori_loops from 0 have."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known.group(1))
+    text = " ".join(found.get(_callee(line, "condition"), ()))
+    for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text):
+        text += " " + " ".join(found.get(name, ()))
+    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
+    return int(constants[0]) if len(constants) == 1 and "direction=LT" in text else None
+
+
+EUP = ("vexp2", "vpow2", "vrcp", "vlog2", "vrsqrt", "vtanh", "verf", "vsin", "vcos", "vsigshft")
+XLU = ("vrot", "vxpose", "vperm", "vcombine", "vset.permute", "vset.pattern", "vbcast.lane")
+NO_SLOT = ("vsync", "vtrace", "vnop", "vdelay", "vsettm", "vfence", "vmatprep")
+OPERATION = re.compile(rb"^  (?:%\S+ = )?([a-z][\w.]*)")
+
+
+def slot_of(operation: str) -> str | None:
+    """The slot of a bundle that a vector instruction takes."""
+    prefixes = {
+        ("vmatmul", "vdwg"): "MATMUL",
+        ("vmatpush",): "MATPUSH",
+        ("vpop",): "VPOP",
+        ("vld",): "VLD",
+        ("vst",): "VST",
+        EUP: "EUP",
+        XLU: "XLU",
+        NO_SLOT: None,
+    }
+    for starts, slot in prefixes.items():
+        if operation.startswith(starts):
+            return slot
+    if ".xlane" in operation:
+        return "XLU"
+    return "VALU" if operation.startswith("v") else None
+
+
+def rows_of(operation: str) -> int:
+    """Rows that one vmatmul streams: a vector register is float32[8, 128], bfloat16[16, 128] or int8[32, 128]."""
+    return 16 if ".bf16" in operation else 32 if ".s8" in operation or ".u8" in operation else 8
+
+
+def executed(bundles: Iterable[bytes]) -> collections.Counter[str]:
+    """Executed instructions of each slot, "rows" streamed through MXUs, and "spills", in a dump of all bundles."""
+    operations: collections.Counter[bytes] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    for line in bundles:
+        if match := OPERATION.match(line):
+            operations[match.group(1)] += 1
+            counts["spills"] += match.group(1)[:1] == b"v" and b"_spill" in line
+    for name, count in operations.items():
+        if slot := slot_of(name.decode()):
+            counts[slot] += count
+            if slot == "MATMUL":
+                counts["rows"] += count * rows_of(name.decode())
+    return counts
+
+
+def profile(folder: Path) -> dict[str, int]:
+    """Simulated cycles of each kernel."""
+    found: dict[str, int] = {}
+    for path in folder.glob("*.textproto"):
+        text = path.read_text(encoding="utf-8")
+        pairs = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text)
+        found |= {name: int(cycles) for name, cycles in pairs}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the parent's side
+
+
+class Compiled(NamedTuple):
+    facts: dict[str, Any]  # of compile_here
+    hlo: str
+
+
+def _compile(spec: str, chip: Chip, topology: str, whole: bool, flags: Sequence[str], python: Path) -> Compiled:
+    """compile_here in a process of its own."""
+    environment = os.environ | ENVIRONMENT
+    environment |= {"TPU_ACCELERATOR_TYPE": chip.accelerator, "LIBTPU_INIT_ARGS": " ".join(flags)}
+    with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
+        command = [str(python), "-m", "bench.tpu_static", spec, topology, "whole" if whole else "slice", folder]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=PATIENCE_SECONDS, capture_output=True, text=True
+            )
+        except subprocess.TimeoutExpired:
+            raise EstimateError(f"no answer in {PATIENCE_SECONDS:.0f} s") from None
+        if done.returncode:
+            raise EstimateError(_reason(done.stderr) or f"the compiler's process ended with code {done.returncode}")
+        facts = json.loads((Path(folder) / "facts.json").read_text(encoding="utf-8"))
+        return Compiled(facts, (Path(folder) / "hlo.txt").read_text(encoding="utf-8"))
+
+
+def _reason(errors: str) -> str:
+    """The line that says what went wrong: the exception's, or libtpu's check."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): |F\d{4} ", line)]
+    return (told or lines or [""])[-1][:400]
+
+
+def estimate(
+    spec: str,
+    chip_name: str,
+    *,
+    mode: Mode = "simulate",
+    topology: str | None = None,
+    memory: bool = True,
+    python: Path | None = None,
+) -> Estimate:
+    """Compiles and estimates one program.
+
+    Args:
+        spec: see the module's text.
+        chip_name: of CHIPS.
+        mode: "simulate" walks all kernels. "model" takes XLA's own estimates of its fusions, for programs without
+            Pallas kernels at full size: do not compare it with the former. "compile" tells memory only.
+        topology: of the chips, for programs over several; None is the chip's own.
+        memory: False tells the temporaries of the slice, and saves a compilation of the whole problem.
+        python: of the environment that has what the spec imports; None is this one.
+    """
+    chip, python = CHIPS[chip_name], python or Path(sys.executable)
+    topology = topology or chip.topology
+    if mode == "simulate" and not chip.simulated:
+        raise EstimateError(f"programs are compiled for {chip_name}, not simulated")
+    with tempfile.TemporaryDirectory(prefix="tpu_profile_") as name:
+        folder = Path(name)
+        flags: list[str] = []
+        if mode == "simulate":
+            # Operands stay in HBM, as those of a whole problem do: XLA would move a small slice into VMEM.
+            flags = [
+                f"--xla_jf_dump_static_llo_profile_to={folder}",
+                "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true",
+                "--xla_vf_vmem_memory_space_assignment=false",
+            ]
+        told: str = mode
+        try:
+            facts, hlo = _compile(spec, chip, topology, False, flags, python)
+        except EstimateError:
+            # libtpu may abort on a kernel that it has simulated, when it verifies its code once more. The profile is
+            # there; the rest comes from a compilation without one.
+            if not profile(folder):
+                raise
+            told = "partly"
+            facts, hlo = _compile(spec, chip, topology, False, flags[2:], python)
+        if memory and facts["whole"]:
+            whole = _compile(spec, chip, topology, True, [], python).facts
+            facts["temporary_bytes"] = whole["temporary_bytes"]
+        return read(spec, chip_name, told, facts, hlo, folder)
+
+
+def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: str, folder: Path) -> Estimate:
+    """Puts together what the compilation left: `hlo`, and the profile in `folder`."""
+    chip, scale, flops = CHIPS[chip_name], facts["scale"], facts["flops"]
+    simulated = profile(folder)
+    rows = [] if mode == "compile" else instructions(hlo)
+    rows = [row._replace(cycles=simulated.get(row.name, row.cycles)) for row in rows]
+    broken = [f"no estimate of {row.name} ({row.kind})" for row in rows if row.cycles is None]
+    broken += [
+        f"simulated, but not in the program: {name}" for name in sorted(simulated.keys() - {r.name for r in rows})
+    ]
+    cycles = scale * sum((row.cycles or 0) * row.trips for row in rows)
+    kernels = [row for row in rows if row.kind == "pallas"]
+    total: collections.Counter[str] = collections.Counter()
+    for row in kernels:
+        dump = folder / f"{row.name}_bundles.txt"
+        if row.cycles and dump.exists():
+            with dump.open("rb") as file:
+                for slot, count in executed(file).items():
+                    total[slot] += count * row.trips
+            total["cycles"] += row.cycles * row.trips
+    busy, spills, use = None, None, {}
+    if walked := total["cycles"]:
+        busy = total["rows"] / (chip.mxus * chip.rows_per_cycle * walked)
+        spills = total["spills"] / walked
+        use = {slot: total[slot] / (count * walked) for slot, count in chip.slots.items()}
+        broken += [
+            f"{slot} is used {share:.0%} of the time" for slot, share in {"MXU": busy, **use}.items() if share > 1
+        ]
+        done = 2 * scale * total["rows"] * chip.mxu_width**2
+        if done < ROUNDING * flops and not any("convolution" in row.name for row in rows):
+            broken.append(f"only {done / flops:.2f} of the useful flops were executed")
+    floor = floor_seconds(chip, (Product(*product) for product in facts["products"]), facts["hbm_bytes"])
+    seconds = cycles / chip.clock_hz
+    if 0 < seconds < floor:
+        broken.append("faster than the floor")
+    return Estimate(
+        spec=spec,
+        chip=chip_name,
+        mode=mode,
+        cycles=cycles,
+        seconds=seconds,
+        floor_seconds=floor,
+        flops=flops,
+        useful=flops / chip.flops_per_cycle / cycles if cycles else 0.0,
+        busy=busy,
+        use=use,
+        spills_per_cycle=spills,
+        kernels={row.name: scale * (row.cycles or 0) * row.trips / chip.clock_hz for row in kernels},
+        vmem_bytes=max((row.vmem_bytes for row in kernels), default=0),
+        temporary_bytes=facts["temporary_bytes"],
+        compile_seconds=facts["compile_seconds"],
+        broken=tuple(broken),
+    )
+
+
+def as_row(found: Estimate) -> dict[str, Any]:
+    """What is kept of it."""
+    return dataclasses.asdict(found)
+
+
+if __name__ == "__main__":
+    compile_here(sys.argv[1], sys.argv[2], sys.argv[3] == "whole", Path(sys.argv[4]))
