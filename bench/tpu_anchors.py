@@ -6,6 +6,7 @@ tokamax lives in an environment of its own: see REQUIREMENTS and `python -m benc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -143,28 +144,17 @@ def attention(
 ) -> Program:
     """Attention of all tokens with all.
 
-    padded: zero tokens are added up to this length, and nothing masks them: a bound from below on what the library
-        takes (the simulator gives no estimate of its masks), with wrong outputs.
+    padded: length of the arguments, where a library does not take `tokens`. What is told is a bound from below: the
+        padding itself and the mask are left out (libtpu simulates neither).
     """
-    if library == "xla":
-        inner = _xla()
-    else:
-        inner = LIBRARIES[library](block_q, block_kv, block_compute)
-
-    def core(q: Array, k: Array, v: Array) -> Array:
-        more = max(padded - tokens, 0)
-        q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-        return inner(q, k, v)[:, :tokens]
-
+    core = _xla() if library == "xla" else LIBRARIES[library](block_q, block_kv, block_compute)
     products = score_products(what, tokens, tokens, head_dim, BATCH * HEADS)
+    program = whole_attention(core, what, padded or tokens, head_dim, heads=heads, pairs=tokens**2, products=products)
     if library == "xla":
         # A slice is not the problem to XLA, which lays programs out by their size.
-        program = whole_attention(core, what, tokens, head_dim, heads=heads, pairs=tokens**2, products=products)
         assert program.whole_args is not None
-        return Program(
-            program.fn, program.whole_args, flops=program.flops, products=products, hbm_bytes=program.hbm_bytes
-        )
-    return whole_attention(core, what, tokens, head_dim, heads=heads, pairs=tokens**2, products=products)
+        program = dataclasses.replace(program, args=program.whole_args, scale=1.0, whole_args=None)
+    return program
 
 
 def loss(kind: str, rows: int) -> Program:

@@ -138,7 +138,7 @@ class Estimate:
 
     spec: str
     chip: str
-    mode: str  # "simulate", "model", "compile", or "partly": the simulator ended before the last fusions of XLA
+    mode: str  # "simulate", "model", "compile", or "partly": Pallas kernels simulated, the rest by XLA's model
     cycles: float
     seconds: float
     floor_seconds: float
@@ -441,8 +441,8 @@ def estimate(
         try:
             facts, hlo = _compile(spec, chip, topology, False, flags, python)
         except EstimateError:
-            # libtpu may abort on a kernel that it has simulated, when it verifies its code once more. The profile is
-            # there; the rest comes from a compilation without one.
+            # libtpu may abort on what it cannot model, or on a kernel that it has simulated, when it verifies its code
+            # once more. The profile of what came before is there; the rest comes from a compilation without one.
             if not profile(folder):
                 raise
             told = "partly"
@@ -458,11 +458,13 @@ def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: st
     chip, scale, flops = CHIPS[chip_name], facts["scale"], facts["flops"]
     simulated = profile(folder)
     rows = [] if mode == "compile" else instructions(hlo)
+    pallas = {row.name for row in rows if row.kind == "pallas"}
+    if mode == "partly":  # XLA's fusions may have other names in the second compilation
+        simulated = {name: cycles for name, cycles in simulated.items() if name in pallas}
     rows = [row._replace(cycles=simulated.get(row.name, row.cycles)) for row in rows]
     broken = [f"no estimate of {row.name} ({row.kind})" for row in rows if row.cycles is None]
-    broken += [
-        f"simulated, but not in the program: {name}" for name in sorted(simulated.keys() - {r.name for r in rows})
-    ]
+    unknown = sorted(simulated.keys() - {row.name for row in rows})
+    broken += [f"simulated, but not in the program: {name}" for name in unknown]
     cycles = scale * sum((row.cycles or 0) * row.trips for row in rows)
     kernels = [row for row in rows if row.kind == "pallas"]
     total: collections.Counter[str] = collections.Counter()
