@@ -264,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Estimates what pyvdl's TPU kernels and public ones would cost, without a TPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "patterns", nargs="*", default=[""], help="regular expressions; rows whose name has one are run"
-    )
+    parser.add_argument("--cases", nargs="+", default=["."], metavar="REGEX", help="rows whose name has one of these")
     parser.add_argument("--chips", nargs="+", choices=SIMULATED_CHIPS, default=SIMULATED_CHIPS, help="to estimate for")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "tpu_aot.jsonl", help="file that rows are added to"
@@ -276,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     modes.add_argument("--record", action="store_true", help=f"write {RECORD.name}, which the tests hold to, and stop")
     modes.add_argument("--setup", action="store_true", help="install the public kernels into build/bench/anchors, stop")
     options = parser.parse_args(arguments)
-    cases = chosen(CASES, options.patterns)
+    cases = chosen(CASES, options.cases)
     if options.setup:
         set_up_anchors()
     elif options.record:
@@ -284,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.list:
         print("\n".join(case.name for case in cases))
     elif not cases:
-        parser.error(f"no row's name has {' or '.join(options.patterns)}: see --list")
+        parser.error(f"no row's name has {' or '.join(options.cases)}: see --list")
     else:
         run(cases, options.chips, options.out)
 

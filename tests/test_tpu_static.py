@@ -1,0 +1,187 @@
+"""The static estimates for TPUs: what is read from libtpu's dumps, the floors, and what makes a row invalid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import tpu_aot, tpu_ops, tpu_static
+from bench.tpu_static import CHIPS, Instruction, Product
+
+HLO = """HloModule jit_f, entry_computation_layout={(bf16[8]{0})->bf16[8]{0}}
+
+%cond (p: (s32[], bf16[8])) -> pred[] {
+  %p = (s32[], bf16[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %p = (s32[], bf16[8]) parameter(0)
+  %fusion.1 = bf16[8]{0} fusion(%p), kind=kLoop, calls=%c, backend_config={"estimated_cycles":"100"}
+  ROOT %t = (s32[], bf16[8]) tuple(%i, %fusion.1)
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  %attn.1 = (bf16[8]{0}, /*index=1*/f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call",
+      backend_config={"custom_call_config": {
+      }, "used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4096"}]}
+  %while.1 = (s32[], bf16[8]) while(%attn.1), condition=%cond, body=%body
+  ROOT %copy.2 = bf16[8]{0} copy(%while.1), backend_config={"estimated_cycles":"7"}
+}
+"""
+BUNDLES = b"""0x0: bundle slots:
+  %s1_s0 = inlined_call_operand.hbm [shape: bf16[1,2048,128]]
+  %12 = vld [vmem:[#allocation1_spill] sm:$0xff]
+  %13 = vmatpush1.bf16.msra.mxu0 %v1
+0x1: bundle slots:
+  %14 = vmatmul.mubr.bf16.gmra.mxu0 %v2
+  %15 = vmatprep.mubr.bf16.mxu0 %v2
+  %16 = vexp2.f32 %v3
+  %17 = vadd.xlane.f32 %v4
+  %18 = vadd.f32 %v4, %v5
+  %19 = vpop.f32.mrf.mxu0
+  vst [vmem:[#allocation1_spill]] %v5
+  %20 = sadd.s32 1, %s1
+"""
+FACTS: dict[str, Any] = {
+    "scale": 2.0,
+    "whole": False,
+    "flops": 2 * 2 * 16 * 128 * 128,
+    "products": [[16, 128, 128, 2]],
+    "hbm_bytes": 0,
+    "temporary_bytes": 3,
+    "compile_seconds": 1.0,
+}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """What libtpu leaves of HLO's one kernel."""
+    (tmp_path / "attn.1_TPU.textproto").write_text(
+        'hlo_op_estimate {\n  hlo_op_name: "attn.1"\n  estimated_cycles: 200\n}\n', encoding="utf-8"
+    )
+    (tmp_path / "attn.1_bundles.txt").write_bytes(BUNDLES)
+    return tmp_path
+
+
+def test_scheduled_instructions_are_found_with_their_trips() -> None:
+    assert tpu_static.instructions(HLO) == [
+        Instruction("attn.1", "pallas", None, 1, 4096),
+        Instruction("fusion.1", "fusion", 100, 5, 0),
+        Instruction("copy.2", "copy", 7, 1, 0),
+    ]
+
+
+def test_a_loop_of_unknown_length_is_told() -> None:
+    unknown = HLO.replace("direction=LT", "direction=NE")
+    assert Instruction("while.1", "while of unknown trip count", None, 1, 0) in tpu_static.instructions(unknown)
+
+
+def test_executed_instructions_are_counted_by_slot() -> None:
+    counts = tpu_static.executed(BUNDLES.splitlines())
+    slots = {"VLD": 1, "MATPUSH": 1, "MATMUL": 1, "EUP": 1, "XLU": 1, "VALU": 1, "VPOP": 1, "VST": 1}
+    assert counts == slots | {"rows": 16, "spills": 2}
+
+
+def test_an_estimate_puts_profile_and_program_together(profile: Path) -> None:
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, profile)
+    assert found.broken == ()
+    assert found.cycles == 2 * (200 + 5 * 100 + 7)
+    assert found.seconds == pytest.approx(found.cycles / 1.5e9)
+    assert found.floor_seconds == pytest.approx(2 * 16 / 4 / 1.5e9)
+    assert found.useful == pytest.approx(2 * 16 / 4 / found.cycles)
+    assert found.busy == pytest.approx(16 / 4 / 200)
+    assert found.spills_per_cycle == pytest.approx(2 / 200)
+    assert found.kernels == {"attn.1": pytest.approx(2 * 200 / 1.5e9)}
+    assert (found.vmem_bytes, found.temporary_bytes) == (4096, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"flops": FACTS["flops"] * 1.1}, "only 0.91 of the useful flops"),
+        ({"products": [[1e6, 128, 128, 1]]}, "faster than the floor"),
+        ({"hbm_bytes": 1e9}, "faster than the floor"),
+    ],
+)
+def test_what_cannot_be_makes_a_row_invalid(change: dict[str, Any], told: str, profile: Path) -> None:
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS | change, HLO, profile)
+    assert any(told in reason for reason in found.broken)
+    assert "INVALID" in tpu_aot.cells(tpu_aot.CASES[0], "v5e", found)[-1]
+
+
+def test_a_kernel_without_estimate_makes_a_row_invalid(tmp_path: Path) -> None:
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, tmp_path)
+    assert found.broken == ("no estimate of attn.1 (pallas)",)
+
+
+def test_a_kernel_of_another_program_makes_a_row_invalid(profile: Path) -> None:
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO.replace("%attn.1 =", "%attn.2 ="), profile)
+    assert "simulated, but not in the program: attn.1" in found.broken
+
+
+def test_peaks_are_those_of_the_data_sheets() -> None:
+    for name, peak in {"v5e": 197e12, "v6e": 918e12, "v5p": 459e12 / 2}.items():
+        assert CHIPS[name].flops_per_cycle * CHIPS[name].clock_hz == pytest.approx(peak, rel=0.01)
+
+
+def test_floors_of_attention_count_streamed_rows() -> None:
+    """A unit for scores and their gradients whatever D, and D over the MXU's width of one for the other products."""
+    for name, width in {"v5e": 128, "v6e": 256}.items():
+        chip = CHIPS[name]
+        unit = 128 * 2048**2 / (4 * 128 if name == "v5e" else 2 * 2 * 256) / chip.clock_hz
+        for what, scores, others in (("fwd", 1, 1), ("fwd+bwd", 3, 4)):
+            products = tpu_ops.score_products(what, 2048, 2048, 64, 128)
+            assert tpu_static.floor_seconds(chip, products, 0) == pytest.approx(unit * (scores + others * 64 / width))
+    assert tpu_static.floor_seconds(CHIPS["v5e"], (), 819e9) == pytest.approx(1.0)
+    assert Product(8, 8, 8, 1).cycles(CHIPS["v5e"]) == 2
+
+
+def test_specs_take_numbers_words_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tpu_ops, "told", lambda *args, **kwargs: (args, kwargs), raising=False)
+    assert tpu_static.load("bench.tpu_ops:told(joint,fwd+bwd,8,heads=2)") == (("joint", "fwd+bwd", 8), {"heads": 2})
+    with pytest.raises(ValueError, match="a spec is module:function"):
+        tpu_static.load("bench.tpu_ops")
+
+
+def test_programs_are_whole_ops_with_a_slice() -> None:
+    for case in tpu_aot.CASES:
+        if case.spec.startswith("bench.tpu_ops:attention"):
+            program = tpu_static.load(case.spec)
+            assert program.whole_args is not None
+            assert program.args[0].shape[1] == program.whole_args[0].shape[1]
+            assert program.whole_args[0].size == program.scale * program.args[0].size
+    assert len({case.name for case in tpu_aot.CASES}) == len(tpu_aot.CASES)
+
+
+def test_rows_are_chosen_by_their_names() -> None:
+    names = [case.name for case in tpu_aot.chosen(tpu_aot.CASES, [r"^joint fwd 2048x64", "^matrix"])]
+    assert names[:2] == ["matrix product 4096", "joint fwd 2048x64 pyvdl"]
+    assert not any("bwd" in name for name in names)
+
+
+def test_a_missing_estimate_has_a_row_that_says_why() -> None:
+    row = tpu_aot.cells(tpu_aot.CASES[0], "v6e", "not built")
+    assert len(row) == len(tpu_aot.HEAD)
+    assert row[-1] == "no estimate: not built"
+    assert tpu_aot.markdown([tpu_aot.HEAD, row]).count("\n") == 2
+
+
+def test_public_kernels_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tpu_aot, "ANCHORS", tmp_path)
+    tpu_aot.anchor_versions.cache_clear()
+    try:
+        with pytest.raises(tpu_static.EstimateError, match=r"not installed: python -m bench.tpu_aot --setup"):
+            tpu_aot.run_case(tpu_aot.CASES[0], "v5e")
+    finally:
+        tpu_aot.anchor_versions.cache_clear()
+
+
+def test_a_program_that_fails_says_why() -> None:
+    with pytest.raises(tpu_static.EstimateError, match=r"NotImplementedError: .*axis_name"):
+        tpu_static.estimate("bench.tpu_ops:contrastive_ring(softmax,128,4,reference)", "v5e", mode="compile")
