@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from bench import tpu_aot, tpu_ops, tpu_static
+import pyvdl.kernels
+from bench import tpu_aot, tpu_ops, tpu_static, tpu_tune
 from bench.tpu_static import CHIPS, Instruction, Product
 
 HLO = """HloModule jit_f, entry_computation_layout={(bf16[8]{0})->bf16[8]{0}}
@@ -185,3 +192,61 @@ def test_public_kernels_that_are_not_installed_are_told(monkeypatch: pytest.Monk
 def test_a_program_that_fails_says_why() -> None:
     with pytest.raises(tpu_static.EstimateError, match=r"NotImplementedError: .*axis_name"):
         tpu_static.estimate("bench.tpu_ops:contrastive_ring(softmax,128,4,reference)", "v5e", mode="compile")
+
+
+def test_tuning_traces_the_whole_program_under_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, dict[str, int]]] = []
+    current: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def override(**settings: int) -> Iterator[None]:
+        current.update(settings)
+        yield
+        current.clear()
+
+    @jax.custom_vjp
+    def core(q: Any, k: Any, v: Any) -> Any:
+        return q
+
+    def forward(q: Any, k: Any, v: Any) -> Any:
+        seen.append(("forward", dict(current)))
+        return q, None
+
+    def backward(saved: Any, gradient: Any) -> Any:
+        seen.append(("backward", dict(current)))
+        return gradient, gradient, gradient
+
+    core.defvjp(forward, backward)
+    tuning = types.ModuleType("pyvdl.kernels.tuning")
+    monkeypatch.setattr(tuning, "override", override, raising=False)
+    monkeypatch.setitem(sys.modules, "pyvdl.kernels.tuning", tuning)
+    monkeypatch.setattr(pyvdl.kernels, "tuning", tuning, raising=False)
+    monkeypatch.setattr(pyvdl.kernels, "space_time_attention", lambda q, k, v, **_: core(q, k, v))
+    case = tpu_tune.TUNABLE["joint fwd+bwd 2048x64"]
+    program = tpu_static.load(tpu_tune.tuned_spec(case, {"query_chunk": 256}))
+    assert program.args == tpu_static.load(case.spec).args
+    jax.eval_shape(program.fn, *program.args)
+    assert seen == [("forward", {"query_chunk": 256}), ("backward", {"query_chunk": 256})]
+
+
+def test_a_search_tries_every_combination_and_puts_the_fastest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tpu_static.Estimate(
+        "", "v5e", "simulate", 200.0, 2e-6, 1e-6, 0.0, 0.5, None, {}, None, {}, 2**20, 0, 1.0, ()
+    )
+
+    def estimate(spec: str, chip: str, *, memory: bool) -> tpu_static.Estimate:
+        if "a=1,b=4" in spec:
+            raise tpu_static.EstimateError("too large")
+        return dataclasses.replace(slow, cycles=100.0 if "a=2,b=3" in spec else 200.0)
+
+    monkeypatch.setattr(tpu_tune, "estimate", estimate)
+    case = tpu_tune.TUNABLE["joint fwd 2048x64"]
+    found = tpu_tune.search(case, "v5e", dict([tpu_tune.choice("a=1,2"), tpu_tune.choice("b=3,4")]))
+    assert [settings for settings, _ in found] == [
+        {"a": 2, "b": 3},
+        {"a": 1, "b": 3},
+        {"a": 2, "b": 4},
+        {"a": 1, "b": 4},
+    ]
+    assert found[-1][1] == "too large"
+    assert tpu_tune.table(found).splitlines()[2] == "| 2 | 3 | 2 | 50% |  | 1.0 |  |"
