@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -45,7 +46,7 @@ class Case:
     name: str
     spec: str
     mode: Mode = "simulate"
-    slice_shape: str | None = None  # of the chips, where a program runs on several
+    chips: int = 1  # that the program runs on
 
     @property
     def is_anchor(self) -> bool:
@@ -99,7 +100,7 @@ def _contrastive() -> Iterator[Case]:
                 f"contrastive {kind} {RING_CHIPS} chips x 4096 pyvdl {implementation}",
                 f"bench.tpu_ops:contrastive_ring({kind},4096,{RING_CHIPS},{implementation})",
                 "compile",
-                "4x4",
+                RING_CHIPS,
             )
 
 
@@ -162,8 +163,7 @@ def anchor_python() -> Path:
 def run_case(case: Case, chip: str, *, memory: bool = True, own_python: bool = False) -> Estimate:
     """Estimates it. own_python: an anchor that is part of JAX needs no other environment."""
     python = anchor_python() if case.is_anchor and not own_python else None
-    topology = f"{chip}:{case.slice_shape}" if case.slice_shape else None
-    return estimate(case.spec, chip, mode=case.mode, topology=topology, memory=memory, python=python)
+    return estimate(case.spec, chip, mode=case.mode, chips=case.chips, memory=memory, python=python)
 
 
 HEAD = (
@@ -218,8 +218,8 @@ def run(cases: Sequence[Case], chips: Sequence[str], out: Path) -> None:
     print(f"{versions}; tokamax {anchor_versions().get('tokamax')}. A slice of each problem is simulated.\n")
     table: list[Sequence[str]] = [HEAD]
     rows: list[dict[str, Any]] = []
-    for case in cases:
-        for chip in chips:
+    try:
+        for case, chip in itertools.product(cases, chips):
             start = time.perf_counter()
             row: dict[str, Any] = {"bench": "tpu_aot", "case": case.name, "chip": chip}
             found: Estimate | str
@@ -231,6 +231,8 @@ def run(cases: Sequence[Case], chips: Sequence[str], out: Path) -> None:
             table.append(cells(case, chip, found))
             rows.append(row)
             progress(f"{' | '.join(table[-1])} ({time.perf_counter() - start:.0f} s)")
+    except KeyboardInterrupt:
+        progress("interrupted: what is done is kept")
     print(markdown(table))
     append_rows(out, {"environment": env | {"anchors": anchor_versions()}, "nothing_measured": True}, rows)
     print(f"\nrows: {out}")
@@ -265,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", default=["."], metavar="REGEX", help="rows whose name has one of these")
-    parser.add_argument("--chips", nargs="+", choices=SIMULATED_CHIPS, default=SIMULATED_CHIPS, help="to estimate for")
+    parser.add_argument(
+        "--chips", nargs="+", choices=CHIPS, default=SIMULATED_CHIPS, help="to estimate for (v5p: only to compile for)"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "tpu_aot.jsonl", help="file that rows are added to"
     )

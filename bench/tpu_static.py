@@ -12,6 +12,7 @@ Numbers rank variants of one kernel at equal slices of one problem. They are a c
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -43,9 +44,9 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """One TensorCore as libtpu's compiler sees it, and the slice that is described to get one."""
+    """One TensorCore as libtpu's compiler sees it, and the slices that are described to get it."""
 
-    topology: str
+    topologies: Mapping[int, str]  # by the number of chips that a program runs on; those for one describe some more
     accelerator: str
     clock_hz: float
     mxus: int
@@ -68,7 +69,7 @@ class Chip:
 # bundles seen in dumps.
 CHIPS = {
     "v5e": Chip(
-        topology="v5e:2x2",
+        topologies={1: "v5e:2x2", 16: "v5e:4x4"},
         accelerator="v5litepod-4",
         clock_hz=1.5e9,
         mxus=4,
@@ -79,7 +80,7 @@ CHIPS = {
         slots={"VALU": 4, "EUP": 1, "VPOP": 2, "VLD": 3, "VST": 1, "XLU": 3},
     ),
     "v6e": Chip(
-        topology="v6e:2x2",
+        topologies={1: "v6e:2x2", 16: "v6e:4x4"},
         accelerator="v6e-4",
         clock_hz=1.75e9,
         mxus=2,
@@ -90,7 +91,7 @@ CHIPS = {
         slots={"VALU": 4, "EUP": 1, "VPOP": 2, "VLD": 3, "VST": 2, "XLU": 3},
     ),
     "v5p": Chip(
-        topology="v5p:2x2x1",
+        topologies={1: "v5p:2x2x1", 16: "v5p:2x2x4"},
         accelerator="v5p-8",
         clock_hz=1.75e9,
         mxus=4,
@@ -373,6 +374,10 @@ def profile(folder: Path) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ the parent's side
 
 
+def pallas_names(rows: Iterable[Instruction]) -> set[str]:
+    return {row.name for row in rows if row.kind == "pallas"}
+
+
 class Compiled(NamedTuple):
     facts: dict[str, Any]  # of compile_here
     hlo: str
@@ -408,7 +413,7 @@ def estimate(
     chip_name: str,
     *,
     mode: Mode = "simulate",
-    topology: str | None = None,
+    chips: int = 1,
     memory: bool = True,
     python: Path | None = None,
 ) -> Estimate:
@@ -418,15 +423,15 @@ def estimate(
         spec: see the module's text.
         chip_name: of CHIPS.
         mode: "simulate" walks all kernels. "model" takes XLA's own estimates of its fusions, for programs without
-            Pallas kernels at full size: do not compare it with the former. "compile" tells memory only.
-        topology: of the chips, for programs over several; None is the chip's own.
+            Pallas kernels at full size: do not compare it with the former. "compile" tells memory only, which is all
+            there is for chips that are not simulated.
+        chips: that the program runs on.
         memory: False tells the temporaries of the slice, and saves a compilation of the whole problem.
         python: of the environment that has what the spec imports; None is this one.
     """
     chip, python = CHIPS[chip_name], python or Path(sys.executable)
-    topology = topology or chip.topology
-    if mode == "simulate" and not chip.simulated:
-        raise EstimateError(f"programs are compiled for {chip_name}, not simulated")
+    topology = chip.topologies[chips]
+    mode = mode if chip.simulated else "compile"
     with tempfile.TemporaryDirectory(prefix="tpu_profile_") as name:
         folder = Path(name)
         flags: list[str] = []
@@ -447,6 +452,10 @@ def estimate(
                 raise
             told = "partly"
             facts, hlo = _compile(spec, chip, topology, False, flags[2:], python)
+            if pallas_names(instructions(hlo)) - profile(folder).keys():
+                # Kernels are compiled side by side: the abort may come later another time.
+                with contextlib.suppress(EstimateError):
+                    _compile(spec, chip, topology, False, flags, python)
         if memory and facts["whole"]:
             whole = _compile(spec, chip, topology, True, [], python).facts
             facts["temporary_bytes"] = whole["temporary_bytes"]
@@ -457,10 +466,11 @@ def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: st
     """Puts together what the compilation left: `hlo`, and the profile in `folder`."""
     chip, scale, flops = CHIPS[chip_name], facts["scale"], facts["flops"]
     simulated = profile(folder)
-    rows = [] if mode == "compile" else instructions(hlo)
-    pallas = {row.name for row in rows if row.kind == "pallas"}
+    rows = instructions(hlo)
+    if mode == "compile":
+        rows = [row._replace(cycles=0) for row in rows]
     if mode == "partly":  # XLA's fusions may have other names in the second compilation
-        simulated = {name: cycles for name, cycles in simulated.items() if name in pallas}
+        simulated = {name: simulated[name] for name in simulated.keys() & pallas_names(rows)}
     rows = [row._replace(cycles=simulated.get(row.name, row.cycles)) for row in rows]
     broken = [f"no estimate of {row.name} ({row.kind})" for row in rows if row.cycles is None]
     unknown = sorted(simulated.keys() - {row.name for row in rows})
