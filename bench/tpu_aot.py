@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.common import ROOT, append_rows, environment, package_versions, progress
-from bench.tpu_static import CHIPS, Estimate, EstimateError, Mode, as_row, estimate
+from bench.tpu_dumps import EstimateError
+from bench.tpu_static import CHIPS, Estimate, Mode, estimate
 
 NOTHING_MEASURED = (
     "Nothing here was measured on a TPU: these are estimates by libtpu's compiler and its static simulator."
@@ -225,7 +226,7 @@ def run(cases: Sequence[Case], chips: Sequence[str], out: Path) -> None:
             found: Estimate | str
             try:
                 found = run_case(case, chip)
-                row |= as_row(found)
+                row |= asdict(found)
             except EstimateError as error:
                 found = row["failure"] = str(error)
             table.append(cells(case, chip, found))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bench.common import ROOT
+from bench.tpu_dumps import EstimateError, executed, instructions, pallas_names, profile
 
 type Mode = Literal["simulate", "model", "compile"]
 
@@ -159,10 +159,6 @@ class Estimate:
         return self.floor_seconds / self.seconds if self.seconds else 0.0
 
 
-class EstimateError(RuntimeError):
-    """A program that gives no estimate. The text says why."""
-
-
 def floor_seconds(chip: Chip, products: Iterable[Product], hbm_bytes: float) -> float:
     """No program can be faster: products stream their rows, and operands come and go, at best side by side."""
     cycles = sum(product.cycles(chip) for product in products)
@@ -229,153 +225,7 @@ def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ what libtpu writes
-
-
-class Instruction(NamedTuple):
-    """A scheduled instruction of the compiled program. cycles is None where libtpu gives no estimate."""
-
-    name: str
-    kind: str  # "pallas" or the opcode
-    cycles: int | None
-    trips: int
-    vmem_bytes: int
-
-
-OPCODE = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (?:\((?:[^=]|/\*index=\d+\*/)*?\)|\S+) ([\w\-]+)\(")
-VMEM = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
-
-
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation, and the name of the entry. An instruction may span lines."""
-    found: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$", line):
-            current = found[head.group(2)] = []
-            entry = head.group(2) if head.group(1) else entry
-        elif current is None:
-            continue
-        elif re.match(r"^  (ROOT )?%?[\w.\-]+ = ", line):
-            current.append(line.strip())
-        elif line.strip() and current:
-            current[-1] += " " + line.strip()
-    return found, entry
-
-
-def instructions(hlo: str) -> list[Instruction]:
-    """All that is scheduled from the entry on, with the number of times it runs."""
-    found, entry = computations(hlo)
-    rows: list[Instruction] = []
-
-    def walk(name: str, trips: int) -> None:
-        for line in found.get(name, ()):
-            match = OPCODE.match(line)
-            if not match:
-                raise EstimateError(f"cannot read the instruction {line[:200]}")
-            label, opcode = match.groups()
-            if opcode == "while":
-                count = _trip_count(found, line)
-                if count is None:  # a body counted once would pass for an estimate
-                    rows.append(Instruction(label, "while of unknown trip count", None, trips, 0))
-                walk(_callee(line, "body"), trips * (count or 1))
-            elif opcode == "call":
-                walk(_callee(line, "to_apply"), trips)
-            elif opcode == "conditional":
-                for branch in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line):
-                    walk(branch, trips)
-            else:
-                cycles = re.findall(r'"?estimated_cycles"?:"?(\d+)', line)
-                pallas = opcode == "custom-call" and "tpu_custom_call" in line
-                if cycles or pallas:
-                    vmem = max(map(int, VMEM.findall(line)), default=0)
-                    kind = "pallas" if pallas else opcode
-                    rows.append(Instruction(label, kind, int(cycles[-1]) if cycles else None, trips, vmem))
-
-    walk(entry, 1)
-    return rows
-
-
-def _callee(line: str, attribute: str) -> str:
-    match = re.search(rf"{attribute}=%?([\w.\-]+)", line)
-    if not match:
-        raise EstimateError(f"no {attribute} in the instruction {line[:200]}")
-    return match.group(1)
-
-
-def _trip_count(found: Mapping[str, Sequence[str]], line: str) -> int | None:
-    """Told by XLA, or read from the condition `i < constant`, which scans and fori_loops from 0 have."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(known.group(1))
-    text = " ".join(found.get(_callee(line, "condition"), ()))
-    for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text):
-        text += " " + " ".join(found.get(name, ()))
-    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-    return int(constants[0]) if len(constants) == 1 and "direction=LT" in text else None
-
-
-EUP = ("vexp2", "vpow2", "vrcp", "vlog2", "vrsqrt", "vtanh", "verf", "vsin", "vcos", "vsigshft")
-XLU = ("vrot", "vxpose", "vperm", "vcombine", "vset.permute", "vset.pattern", "vbcast.lane")
-NO_SLOT = ("vsync", "vtrace", "vnop", "vdelay", "vsettm", "vfence", "vmatprep")
-OPERATION = re.compile(rb"^  (?:%\S+ = )?([a-z][\w.]*)")
-
-
-def slot_of(operation: str) -> str | None:
-    """The slot of a bundle that a vector instruction takes."""
-    prefixes = {
-        ("vmatmul", "vdwg"): "MATMUL",
-        ("vmatpush",): "MATPUSH",
-        ("vpop",): "VPOP",
-        ("vld",): "VLD",
-        ("vst",): "VST",
-        EUP: "EUP",
-        XLU: "XLU",
-        NO_SLOT: None,
-    }
-    for starts, slot in prefixes.items():
-        if operation.startswith(starts):
-            return slot
-    if ".xlane" in operation:
-        return "XLU"
-    return "VALU" if operation.startswith("v") else None
-
-
-def rows_of(operation: str) -> int:
-    """Rows that one vmatmul streams: a vector register is float32[8, 128], bfloat16[16, 128] or int8[32, 128]."""
-    return 16 if ".bf16" in operation else 32 if ".s8" in operation or ".u8" in operation else 8
-
-
-def executed(bundles: Iterable[bytes]) -> collections.Counter[str]:
-    """Executed instructions of each slot, "rows" streamed through MXUs, and "spills", in a dump of all bundles."""
-    operations: collections.Counter[bytes] = collections.Counter()
-    counts: collections.Counter[str] = collections.Counter()
-    for line in bundles:
-        if match := OPERATION.match(line):
-            operations[match.group(1)] += 1
-            counts["spills"] += match.group(1)[:1] == b"v" and b"_spill" in line
-    for name, count in operations.items():
-        if slot := slot_of(name.decode()):
-            counts[slot] += count
-            if slot == "MATMUL":
-                counts["rows"] += count * rows_of(name.decode())
-    return counts
-
-
-def profile(folder: Path) -> dict[str, int]:
-    """Simulated cycles of each kernel."""
-    found: dict[str, int] = {}
-    for path in folder.glob("*.textproto"):
-        text = path.read_text(encoding="utf-8")
-        pairs = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text)
-        found |= {name: int(cycles) for name, cycles in pairs}
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ the parent's side
-
-
-def pallas_names(rows: Iterable[Instruction]) -> set[str]:
-    return {row.name for row in rows if row.kind == "pallas"}
 
 
 class Compiled(NamedTuple):
@@ -518,11 +368,6 @@ def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: st
         compile_seconds=facts["compile_seconds"],
         broken=tuple(broken),
     )
-
-
-def as_row(found: Estimate) -> dict[str, Any]:
-    """What is kept of it."""
-    return dataclasses.asdict(found)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Any
 from bench import tpu_ops
 from bench.common import progress
 from bench.tpu_aot import CASES, NOTHING_MEASURED, SIMULATED_CHIPS, Case, markdown
-from bench.tpu_static import Estimate, EstimateError, Program, estimate
+from bench.tpu_dumps import EstimateError
+from bench.tpu_static import Estimate, Program, estimate
 
 DEVICE_KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # as jax.Device.device_kind has them
 TUNABLE = {case.name.removesuffix(" pyvdl"): case for case in CASES if case.name.endswith(" pyvdl")}

@@ -14,8 +14,9 @@ import jax
 import pytest
 
 import pyvdl.kernels
-from bench import tpu_aot, tpu_ops, tpu_static, tpu_tune
-from bench.tpu_static import CHIPS, Instruction, Product
+from bench import tpu_aot, tpu_dumps, tpu_ops, tpu_static, tpu_tune
+from bench.tpu_dumps import EstimateError, Instruction
+from bench.tpu_static import CHIPS, Product
 
 HLO = """HloModule jit_f, entry_computation_layout={(bf16[8]{0})->bf16[8]{0}}
 
@@ -77,7 +78,7 @@ def profile(tmp_path: Path) -> Path:
 
 
 def test_scheduled_instructions_are_found_with_their_trips() -> None:
-    assert tpu_static.instructions(HLO) == [
+    assert tpu_dumps.instructions(HLO) == [
         Instruction("attn.1", "pallas", None, 1, 4096),
         Instruction("fusion.1", "fusion", 100, 5, 0),
         Instruction("copy.2", "copy", 7, 1, 0),
@@ -86,11 +87,11 @@ def test_scheduled_instructions_are_found_with_their_trips() -> None:
 
 def test_a_loop_of_unknown_length_is_told() -> None:
     unknown = HLO.replace("direction=LT", "direction=NE")
-    assert Instruction("while.1", "while of unknown trip count", None, 1, 0) in tpu_static.instructions(unknown)
+    assert Instruction("while.1", "while of unknown trip count", None, 1, 0) in tpu_dumps.instructions(unknown)
 
 
 def test_executed_instructions_are_counted_by_slot() -> None:
-    counts = tpu_static.executed(BUNDLES.splitlines())
+    counts = tpu_dumps.executed(BUNDLES.splitlines())
     slots = {"VLD": 1, "MATPUSH": 1, "MATMUL": 1, "EUP": 1, "XLU": 1, "VALU": 1, "VPOP": 1, "VST": 1}
     assert counts == slots | {"rows": 16, "spills": 2}
 
@@ -183,14 +184,14 @@ def test_public_kernels_that_are_not_installed_are_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(tpu_aot, "ANCHORS", tmp_path)
     tpu_aot.anchor_versions.cache_clear()
     try:
-        with pytest.raises(tpu_static.EstimateError, match=r"not installed: python -m bench.tpu_aot --setup"):
+        with pytest.raises(EstimateError, match=r"not installed: python -m bench.tpu_aot --setup"):
             tpu_aot.run_case(tpu_aot.CASES[0], "v5e")
     finally:
         tpu_aot.anchor_versions.cache_clear()
 
 
 def test_a_program_that_fails_says_why() -> None:
-    with pytest.raises(tpu_static.EstimateError, match=r"NotImplementedError: .*axis_name"):
+    with pytest.raises(EstimateError, match=r"NotImplementedError: .*axis_name"):
         tpu_static.estimate("bench.tpu_ops:contrastive_ring(softmax,128,4,reference)", "v5e", mode="compile")
 
 
@@ -236,7 +237,7 @@ def test_a_search_tries_every_combination_and_puts_the_fastest_first(monkeypatch
 
     def estimate(spec: str, chip: str, *, memory: bool) -> tpu_static.Estimate:
         if "a=1,b=4" in spec:
-            raise tpu_static.EstimateError("too large")
+            raise EstimateError("too large")
         return dataclasses.replace(slow, cycles=100.0 if "a=2,b=3" in spec else 200.0)
 
     monkeypatch.setattr(tpu_tune, "estimate", estimate)
