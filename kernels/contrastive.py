@@ -21,6 +21,7 @@ KINDS = ("softmax", "sigmoid")
 IMPLEMENTATIONS = ("pallas_tpu", "xla", "reference")
 ELSEWHERE = ("pallas_gpu", "cudnn")  # implementations of other ops
 TILE = 1024  # rows and columns of a tile at most: 4 MiB of float32 scores
+CUDA_TILE = 8192  # 256 MiB: a GPU is filled by large products only, and took a third of the time of tiles of 1024
 MASKED = -1e30  # score of a pair that does not count; finite, so that a tile without any pair does no harm
 
 
@@ -106,9 +107,16 @@ def _check_implementation(implementation: str | None, video: Array, text: Array)
 
 def _choose(implementation: str | None, for_tpu: Any, by_xla: Any, *arguments: Any) -> Any:
     """The platform is that of lowering, not of this process: a program may be compiled for a TPU that is not here."""
-    if implementation is not None:
-        return (for_tpu if implementation == "pallas_tpu" else by_xla)(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=for_tpu, default=by_xla)
+    if implementation == "pallas_tpu":
+        return for_tpu(*arguments)
+    branches = {"default": functools.partial(by_xla, tile_rows=TILE)}
+    if arguments[0].shape[0] > TILE:
+        branches["cuda"] = functools.partial(by_xla, tile_rows=CUDA_TILE)
+    if implementation is None:
+        branches["tpu"] = for_tpu
+    if len(branches) == 1:
+        return branches["default"](*arguments)
+    return jax.lax.platform_dependent(*arguments, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -216,7 +224,7 @@ class _Rows(NamedTuple):
     """Rows of one side cut into tiles; leading axes [tiles, rows of a tile]."""
 
     embeddings: Array  # [..., E]
-    place: Array | None  # int32 in the global batch, -1 for padding; None: all pairs count
+    place: Array  # int32 in the global batch, -1 for padding
     group: Array | None  # int32
 
 
@@ -242,13 +250,9 @@ def _over_tiles(
     return of_rows, of_columns
 
 
-def _tile_count(rows: int) -> int:
-    return -(-rows // TILE)
-
-
-def _tiles(x: Array, fill: int = 0) -> Array:
-    """[B, ...] -> [tiles, rows, ...], padded with `fill`."""
-    count = _tile_count(x.shape[0])
+def _tiles(x: Array, tile_rows: int, fill: int = 0) -> Array:
+    """[B, ...] -> [tiles, rows, ...], padded with `fill`; rows are tile_rows at most."""
+    count = -(-x.shape[0] // tile_rows)
     rows = -(-x.shape[0] // count)
     x = jnp.pad(x, [(0, count * rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
     return x.reshape(count, rows, *x.shape[1:])
@@ -258,29 +262,26 @@ def _untile(x: Array, rows: int) -> Array:
     return x.reshape(-1, *x.shape[2:])[:rows]
 
 
-def _sides(video: Array, text: Array, groups: Array | None, kind: str, axes: tuple[str, ...]) -> tuple[_Rows, _Rows]:
+def _sides(
+    video: Array, text: Array, groups: Array | None, axes: tuple[str, ...], tile_rows: int
+) -> tuple[_Rows, _Rows]:
     batch = video.shape[0]
-    index = group = None
-    if groups is not None or kind == "sigmoid" or batch % _tile_count(batch):
-        first = jax.lax.axis_index(axes) * batch if axes else 0
-        index = _tiles(first + jnp.arange(batch, dtype=jnp.int32), fill=-1)
-        group = None if groups is None else _tiles(groups)
-    return _Rows(_tiles(video), index, group), _Rows(_tiles(text), index, group)
+    first = jax.lax.axis_index(axes) * batch if axes else 0
+    index = _tiles(first + jnp.arange(batch, dtype=jnp.int32), tile_rows, fill=-1)
+    group = None if groups is None else _tiles(groups, tile_rows)
+    return _Rows(_tiles(video, tile_rows), index, group), _Rows(_tiles(text, tile_rows), index, group)
 
 
 def _sigmoid_terms(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array, Array]:
     """Losses of one tile [r, c] and their derivative by the score."""
-    _, scores, counts = _scores(video, text, scale, bias)
-    assert counts is not None  # sigmoid always has places
-    assert video.place is not None
-    assert text.place is not None
-    sign = jnp.where(video.place[:, None] == text.place[None, :], -1, 1).astype(scores.dtype)
+    scores, positive, counts = _scores(video, text, scale, bias)
+    sign = jnp.where(positive, -1, 1).astype(scores.dtype)
     losses, slope = jax.nn.softplus(sign * scores), sign * jax.nn.sigmoid(sign * scores)
     return jnp.where(counts, losses, 0), jnp.where(counts, slope, 0)
 
 
-def _scores(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array, Array, Array | None]:
-    """Products and scores of one tile [r, c], and which pairs count (None: all)."""
+def _scores(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Scores of one tile [r, c], which pairs are true ones, and which count."""
     wide = jnp.promote_types(video.embeddings.dtype, jnp.float32)
     products = jnp.einsum(
         "re,ce->rc",
@@ -289,23 +290,29 @@ def _scores(video: _Rows, text: _Rows, scale: Array, bias: Array) -> tuple[Array
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=wide,
     )
-    counts = None
-    if video.place is not None and text.place is not None:
-        counts = (video.place >= 0)[:, None] & (text.place >= 0)[None, :]
-        if video.group is not None and text.group is not None:
-            counts &= (video.group[:, None] != text.group[None, :]) | (video.place[:, None] == text.place[None, :])
-    return products, scale * products + bias, counts
+    positive = video.place[:, None] == text.place[None, :]
+    counts = (video.place >= 0)[:, None] & (text.place >= 0)[None, :]
+    if video.group is not None and text.group is not None:
+        counts &= (video.group[:, None] != text.group[None, :]) | positive
+    return scale * products + bias, positive, counts
 
 
 def _xla_statistics(
-    video: Array, text: Array, scale: Array, bias: Array, groups: Array | None, kind: str, axes: tuple[str, ...]
+    video: Array,
+    text: Array,
+    scale: Array,
+    bias: Array,
+    groups: Array | None,
+    kind: str,
+    axes: tuple[str, ...],
+    tile_rows: int,
 ) -> tuple[Array, Array]:
     """One pass over all tiles. softmax: log-sum-exp by row and by column; sigmoid: loss by row, and nothing by column.
 
     Both are [B]; those by column are of the text rows that are here.
     """
     batch, wide = video.shape[0], scale.dtype
-    own, visitors = _sides(video, text, groups, kind, axes)
+    own, visitors = _sides(video, text, groups, axes, tile_rows)
     shape = own.embeddings.shape[:2]
 
     def add(state: tuple[Array, Array], scores: Array, axis: int) -> tuple[Array, Array]:
@@ -315,9 +322,8 @@ def _xla_statistics(
         return new, total * jnp.exp(top - new) + jnp.sum(shifted, axis=axis)
 
     def softmax_tile(row: _Rows, column: _Rows, of_row: Any, of_column: Any) -> tuple[Any, Any]:
-        _, scores, counts = _scores(row, column, scale, bias)
-        if counts is not None:
-            scores = jnp.where(counts, scores, MASKED)
+        scores, _, counts = _scores(row, column, scale, bias)
+        scores = jnp.where(counts, scores, MASKED)
         return add(of_row, scores, 1), add(of_column, scores, 0)
 
     def sigmoid_tile(row: _Rows, column: _Rows, loss: Array, nothing: tuple[()]) -> tuple[Any, Any]:
@@ -342,6 +348,7 @@ def _xla_gradients(
     column_lse: Array | None,
     kind: str,
     axes: tuple[str, ...],
+    tile_rows: int,
 ) -> tuple[Array, Array, Array, Array]:
     """P @ text and P.T @ video, with P the derivative of the sum of losses by the scores, and for "sigmoid" the loss.
 
@@ -349,29 +356,28 @@ def _xla_gradients(
         wide[B, E] twice, then the sums of losses and of P, wide[]; for "softmax" nothing is in these two.
     """
     batch, wide = video.shape[0], scale.dtype
-    own, visitors = _sides(video, text, groups, kind, axes)
+    own, visitors = _sides(video, text, groups, axes, tile_rows)
 
     def tile(row: _Rows, column: _Rows, of_row: Any, of_column: Any) -> tuple[Any, Any]:
         d_row, lse, loss, d_bias = of_row
         d_column, other_lse = of_column
         if kind == "softmax":
-            _, scores, counts = _scores(row, column, scale, bias)
+            scores, positive, counts = _scores(row, column, scale, bias)
             p = jnp.exp(scores - lse[:, None]) + jnp.exp(scores - other_lse[None, :])
-            if counts is not None:
-                p = jnp.where(counts, p, 0)
+            # The true pair's part belongs in here: P is close to 2 there, and only what is left counts.
+            p = jnp.where(counts, jnp.where(positive, p - 2, p), 0)
         else:
             losses, p = _sigmoid_terms(row, column, scale, bias)
             loss, d_bias = loss + jnp.sum(losses, axis=1), d_bias + jnp.sum(p, axis=1)
-        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        d_row = d_row + product("rc,ce->re", p, column.embeddings.astype(wide))
-        d_column = d_column + product("rc,re->ce", p, row.embeddings.astype(wide))
+        p = p.astype(row.embeddings.dtype)
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
+        d_row = d_row + product("rc,ce->re", p, column.embeddings)
+        d_column = d_column + product("rc,re->ce", p, row.embeddings)
         return (d_row, lse, loss, d_bias), (d_column, other_lse)
 
     shape = own.embeddings.shape
     zeros, zero = contrastive_ring.fresh((jnp.zeros(shape, wide), jnp.zeros(shape[:2], wide)), axes)
-    lse, other_lse = (zero if x is None else _tiles(x) for x in (row_lse, column_lse))
+    lse, other_lse = (zero if x is None else _tiles(x, tile_rows) for x in (row_lse, column_lse))
     rows, columns = _over_tiles(tile, own, visitors, (zeros, lse, zero, zero), (zeros, other_lse), axes)
     d_video, d_text = _untile(rows[0], batch), _untile(columns[0], batch)
-    if kind == "softmax":  # at the true pairs P has a -1 for either direction
-        d_video, d_text = d_video - 2 * text.astype(wide), d_text - 2 * video.astype(wide)
     return d_video, d_text, jnp.sum(rows[2]), jnp.sum(rows[3])
