@@ -11,6 +11,7 @@ plans, and the largest difference of the outputs from the float32 definitions, i
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +23,10 @@ import numpy as np
 from jax import Array
 
 from bench.common import ROOT, Spread, Timing, append_rows, environment, format_table, interleave, progress, ratio
-from pyvdl.kernels import contrastive_loss, reference, space_time_attention
+from pyvdl.kernels import attention, contrastive_loss, reference, space_time_attention
 
 MODES = ("attention", "contrastive")
-OTHERS = ("cudnn", "xla")  # of jax.nn.dot_product_attention
+OTHERS = ("cudnn", "xla")  # implementations, of pyvdl and of jax.nn.dot_product_attention
 LEAST_SECONDS = 0.2  # of a measurement
 # (B, S, N, D, frames, mode), the class token included in S
 ATTENTION = {
@@ -45,6 +46,11 @@ ATTENTION = {
 CONTRASTIVE = {
     "gpu": [(b, 768, kind) for kind in ("softmax", "sigmoid") for b in (4096, 16384, 32768, 65536)],
     "cpu": [(512, 128, "softmax"), (512, 128, "sigmoid")],
+}
+# (B, S, K, N, Nkv, D, causal): a language model's prefill, and cross-attention
+LANGUAGE = {
+    "gpu": [(8, 2048, 2048, 16, 16, 64, True), (8, 1024, 1024, 8, 1, 128, True), (8, 64, 2048, 32, 32, 64, False)],
+    "cpu": [(2, 128, 128, 4, 1, 32, True)],
 }
 CHECKED_ROWS = 2048  # of a contrastive batch, and of a clip's tokens: the definitions store whole matrices
 
@@ -132,12 +138,12 @@ def attention_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
         class_tokens = tokens % 2
         patches = (tokens - class_tokens) // frames
 
-        def ours(q: Array, k: Array, v: Array, frames: int = frames, mode: str = mode, c: int = class_tokens) -> Array:
-            return space_time_attention(q, k, v, frames=frames, mode=mode, class_tokens=c)
-
+        ours = functools.partial(space_time_attention, frames=frames, mode=mode, class_tokens=class_tokens)
         mask = None if mode == "joint" else reference.space_time_mask(frames, patches, mode, class_tokens)
 
-        forward: dict[str, Call] = {"pyvdl": ours} | {f"jax {how}": public(how, mask) for how in OTHERS}
+        forward: dict[str, Call] = {"pyvdl": ours}
+        forward |= {f"pyvdl {how}": functools.partial(ours, implementation=how) for how in OTHERS}
+        forward |= {f"jax {how}": public(how, mask) for how in OTHERS}
         name = f"{mode} B={batch} S={tokens} N={heads} D={width}"
         both = {who: with_backward(call) for who, call in forward.items()}
         found = compare(f"{name} forward", forward, (q, k, v), rounds)
@@ -151,6 +157,29 @@ def attention_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
         wide = tuple(x.astype(jnp.float32) for x in small)
         error = difference(jax.jit(with_backward(ours))(*small), jax.jit(with_backward(definition))(*wide))
         found[0]["difference"] = found[len(forward)]["difference"] = error
+        rows += found
+    return rows
+
+
+def language_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch, queries, keys, heads, kv_heads, width, causal in LANGUAGE[platform]:
+        shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
+        q, k, v, gradient = (
+            jax.random.normal(key, (batch, length, n, width), jnp.bfloat16)
+            for key, (length, n) in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)
+        )
+        ours = functools.partial(attention, causal=causal)
+        calls: dict[str, Call] = {"pyvdl": with_backward(ours)}
+        for how in OTHERS:
+            calls[f"pyvdl {how}"] = with_backward(functools.partial(ours, implementation=how))
+        name = f"attention B={batch} S={queries} K={keys} N={heads}/{kv_heads} D={width}{' causal' * causal} both"
+        found = compare(name, calls, (q, k, v, gradient), rounds)
+        definition = functools.partial(reference.attention, causal=causal, scale=width**-0.5)
+        small = (q[:1], k[:1], v[:1], gradient[:1])
+        wide = tuple(x.astype(jnp.float32) for x in small)
+        wanted = jax.jit(with_backward(definition))(*wide)
+        found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), wanted)
         rows += found
     return rows
 
@@ -219,6 +248,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if "attention" in arguments.modes:
         rows += attention_rows(platform, arguments.rounds)
+        rows += language_rows(platform, arguments.rounds)
     if "contrastive" in arguments.modes:
         rows += contrastive_rows(platform, arguments.rounds)
     print(f"{device.device_kind}, jax {jax.__version__}, medians of {arguments.rounds} rounds\n")

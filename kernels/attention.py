@@ -10,21 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import attention_tpu, attention_tpu_backward, attention_xla, reference, tuning
+from . import attention_cudnn, attention_tpu, attention_tpu_backward, attention_xla, reference, tuning
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
-
-
-def resolve_implementation(implementation: str | None) -> str:
-    """The implementation that runs: "xla" or "reference". Raises for names that are unknown or not there yet."""
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation not in ("xla", "reference"):
-        raise NotImplementedError(f"implementation {implementation!r} is not built yet; use 'xla' or None")
-    return implementation
 
 
 def _check_float(**arrays: Array) -> None:
@@ -93,16 +82,15 @@ def space_time_attention(
         raise NotImplementedError("space_time_attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
     if implementation == "pallas_tpu" and (reason := _why_not_tpu(q, mode)):
         raise NotImplementedError(f"space_time_attention: 'pallas_tpu' {reason}; use 'xla' or None")
-    if implementation == "cudnn" and (reason := _why_not_cudnn(q, mode)):
+    if implementation == "cudnn" and (reason := attention_cudnn.refusal(q)):
         raise NotImplementedError(f"space_time_attention: 'cudnn' {reason}; use 'xla' or None")
     call = _Call(frames, mode, class_tokens, scale, implementation)
+    cudnn: Callable[..., Array] = functools.partial(attention_cudnn.space_time, **call.grouping())
     if implementation == "cudnn":
-        return _cudnn(q, k, v, scale=scale)
-    if implementation is None and _cudnn_is_here() and not _why_not_cudnn(q, mode):
+        return cudnn(q, k, v)
+    if implementation is None and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
         # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules.
-        return jax.lax.platform_dependent(
-            q, k, v, cuda=functools.partial(_cudnn, scale=scale), default=functools.partial(_space_time, call)
-        )
+        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=functools.partial(_space_time, call))
     return _space_time(call, q, k, v)
 
 
@@ -179,9 +167,22 @@ def attention(
         "window": window,
         "scale": scale,
     }
-    if resolve_implementation(implementation) == "reference":
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation in ("pallas_tpu", "pallas_gpu"):
+        raise NotImplementedError(f"attention: {implementation!r} is not built; use 'cudnn', 'xla' or None")
+    if implementation == "reference":
         return reference.attention(q, k, v, **options)
-    return _attention_xla(q, k, v, **options)
+    reason = attention_cudnn.refusal_of_options(q, k, options)
+    cudnn: Callable[..., Array] = functools.partial(attention_cudnn.attention, **options)
+    if implementation == "cudnn":
+        if reason:
+            raise NotImplementedError(f"attention: 'cudnn' {reason}; use 'xla' or None")
+        return cudnn(q, k, v)
+    by_xla: Callable[..., Array] = functools.partial(_attention_xla, **options)
+    if implementation is None and not reason and attention_cudnn.is_here():
+        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=by_xla)
+    return by_xla(q, k, v)
 
 
 def _attention_xla(
@@ -277,26 +278,3 @@ def _space_time_fwd(call: _Call, q: Array, k: Array, v: Array) -> tuple[Array, t
 
 
 _space_time.defvjp(_space_time_fwd, _backward)
-
-
-def _why_not_cudnn(q: Array, mode: str) -> str | None:
-    if mode != "joint":
-        return f"has mode 'joint' only, not {mode!r}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {q.dtype}"
-    if q.shape[3] % 8 or q.shape[3] > 128:
-        return f"takes head dims that are multiples of 8 up to 128, not {q.shape[3]}"
-    return None
-
-
-def _cudnn(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-
-
-@functools.cache
-def _cudnn_is_here() -> bool:
-    """cuDNN asks for its version when a program is traced, so a process without a CUDA device cannot trace it."""
-    try:
-        return any(device.platform == "gpu" and "cuda" in device.client.platform_version for device in jax.devices())
-    except RuntimeError:
-        return False

@@ -83,7 +83,7 @@ def _dense_backward(
     return dq, dk, dv
 
 
-def _grouping(
+def grouping(
     shape: tuple[int, ...], frames: int, mode: str, class_tokens: int
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """Functions of [B, S, N, D]: the patch tokens as [B * groups, group size, N, D]; the same with the class token."""
@@ -106,7 +106,7 @@ def _grouping(
     return split, with_class
 
 
-def _whole(x: Array, batch: int, frames: int, mode: str) -> Array:
+def whole(x: Array, batch: int, frames: int, mode: str) -> Array:
     """[B * groups, group size, N, D] back to [B, T*P, N, D]."""
     x = x.reshape(batch, -1, *x.shape[1:])
     if mode == "time":
@@ -123,10 +123,10 @@ def forward(
     """
     if mode == "joint":
         return _dense_forward(q, k, v, scale)
-    split, with_class = _grouping(q.shape, frames, mode, class_tokens)
+    split, with_class = grouping(q.shape, frames, mode, class_tokens)
     out, lse = _dense_forward(split(q), with_class(k), with_class(v), scale)
-    out = _whole(out, q.shape[0], frames, mode)
-    lse = _whole(lse.swapaxes(1, 2)[..., None], q.shape[0], frames, mode)[..., 0].swapaxes(1, 2)
+    out = whole(out, q.shape[0], frames, mode)
+    lse = whole(lse.swapaxes(1, 2)[..., None], q.shape[0], frames, mode)[..., 0].swapaxes(1, 2)
     if not class_tokens:
         return out, lse
     out_of_class, lse_of_class = _dense_forward(q[:, -1:], k, v, scale)
@@ -150,13 +150,13 @@ def backward(
     if mode == "joint":
         dq, dk, dv = _dense_backward(q, k, v, out, lse, do, scale)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-    split, with_class = _grouping(q.shape, frames, mode, class_tokens)
+    split, with_class = grouping(q.shape, frames, mode, class_tokens)
     (keys, to_keys), (values, to_values) = (jax.vjp(with_class, x.astype(lse.dtype)) for x in (k, v))
     split_lse = split(lse.swapaxes(1, 2)[..., None])[..., 0].swapaxes(1, 2)
     dq, dk, dv = _dense_backward(
         split(q), keys.astype(k.dtype), values.astype(v.dtype), split(out), split_lse, split(do), scale
     )
-    dq, (dk,), (dv,) = _whole(dq, q.shape[0], frames, mode), to_keys(dk), to_values(dv)
+    dq, (dk,), (dv,) = whole(dq, q.shape[0], frames, mode), to_keys(dk), to_values(dv)
     if class_tokens:
         more = _dense_backward(q[:, -1:], k, v, out[:, -1:], lse[..., -1:], do[:, -1:], scale)
         dq, dk, dv = jnp.concatenate([dq, more[0]], 1), dk + more[1], dv + more[2]

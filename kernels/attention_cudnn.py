@@ -1,0 +1,73 @@
+"""Attention on CUDA devices by cuDNN, as `jax.nn.dot_product_attention` calls it.
+
+cuDNN keeps residuals of its own between forward and backward, so these functions stand for whole ops.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from . import attention_xla
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+MAX_HEAD_DIM = 128
+
+
+@functools.cache
+def is_here() -> bool:
+    """cuDNN asks for its version when a program is traced, so a process without a CUDA device cannot trace it."""
+    try:
+        return any(device.platform == "gpu" and "cuda" in device.client.platform_version for device in jax.devices())
+    except RuntimeError:
+        return False
+
+
+def refusal(q: Array) -> str | None:
+    """The reason, in words, why cuDNN does not take this; None if it does."""
+    if q.dtype not in DTYPES:
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+        return f"takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {q.shape[3]}"
+    return None
+
+
+def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | None:
+    """The same for `attention.attention` with its options."""
+    if reason := refusal(q):
+        return reason
+    for name in ("bias", "softcap", "prefix_lengths"):
+        if options[name] is not None:
+            return f"does not take {name}"
+    if not isinstance(options["q_offset"], int) or options["q_offset"] != 0:
+        return "takes no q_offset"
+    if options["causal"] and q.shape[1] != k.shape[1]:
+        return f"takes causal with as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
+    if options["kv_lengths"] is not None:
+        return "takes no kv_lengths: with none valid it does not give zeros"
+    return None
+
+
+def space_time(q: Array, k: Array, v: Array, *, frames: int, mode: str, class_tokens: int, scale: float) -> Array:
+    """[B, S, N, D]; see `attention.space_time_attention`. Groups are the batch of one call; the class token's one query
+    takes plain products."""
+    call = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    if mode == "joint":
+        return call(q, k, v)
+    split, with_class = attention_xla.grouping(q.shape, frames, mode, class_tokens)
+    out = attention_xla.whole(call(split(q), with_class(k), with_class(v)), q.shape[0], frames, mode)
+    if not class_tokens:
+        return out
+    return jnp.concatenate([out, attention_xla.dense(q[:, -1:], k, v, scale)], axis=1)
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool, window: int | None, scale: float, **_: Any) -> Array:
+    """q [B, S, N, D], k and v [B, K, Nkv, D]; see `attention.attention`."""
+    reach = None if window is None else (window - 1, 0 if causal else window - 1)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="cudnn"
+    )
