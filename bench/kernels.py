@@ -49,7 +49,7 @@ CONTRASTIVE = {
 }
 # (B, S, K, N, Nkv, D, causal): a language model's prefill, and cross-attention
 LANGUAGE = {
-    "gpu": [(8, 2048, 2048, 16, 16, 64, True), (8, 1024, 1024, 8, 1, 128, True), (8, 64, 2048, 32, 32, 64, False)],
+    "gpu": [(8, 2048, 2048, 16, 16, 64, True), (8, 1024, 1024, 8, 1, 256, True), (8, 64, 2048, 32, 32, 64, False)],
     "cpu": [(2, 128, 128, 4, 1, 32, True)],
 }
 CHECKED_ROWS = 2048  # of a contrastive batch, and of a clip's tokens: the definitions store whole matrices

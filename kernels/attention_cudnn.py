@@ -15,7 +15,7 @@ from jax import Array
 from . import attention_xla
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-MAX_HEAD_DIM = 128
+ODD_LENGTHS = jax.__version_info__ >= (0, 12)  # JAX before that refuses them where gradients are wanted
 
 
 @functools.cache
@@ -27,12 +27,19 @@ def is_here() -> bool:
         return False
 
 
+@functools.cache
+def max_head_dim() -> int:
+    """256 from Hopper on."""
+    capabilities = [device.compute_capability for device in jax.devices()] if is_here() else []
+    return 256 if capabilities and all(float(capability) >= 9 for capability in capabilities) else 128
+
+
 def refusal(q: Array) -> str | None:
     """The reason, in words, why cuDNN does not take this; None if it does."""
     if q.dtype not in DTYPES:
         return f"takes bfloat16 and float16, not {q.dtype}"
-    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
-        return f"takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {q.shape[3]}"
+    if q.shape[3] % 8 or q.shape[3] > max_head_dim():
+        return f"takes head dims that are multiples of 8 up to {max_head_dim()}, not {q.shape[3]}"
     return None
 
 
@@ -52,14 +59,24 @@ def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | Non
     return None
 
 
+def _call(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    if ODD_LENGTHS or not (queries % 2 or keys % 2):
+        return call(q, k, v)
+    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    out = call(q, k, v, **{name: jnp.full(batch, length, jnp.int32) for name, length in lengths.items()})
+    return out[:, :queries]
+
+
 def space_time(q: Array, k: Array, v: Array, *, frames: int, mode: str, class_tokens: int, scale: float) -> Array:
     """[B, S, N, D]; see `attention.space_time_attention`. Groups are the batch of one call; the class token's one query
     takes plain products."""
-    call = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     if mode == "joint":
-        return call(q, k, v)
+        return _call(q, k, v, scale=scale)
     split, with_class = attention_xla.grouping(q.shape, frames, mode, class_tokens)
-    out = attention_xla.whole(call(split(q), with_class(k), with_class(v)), q.shape[0], frames, mode)
+    out = attention_xla.whole(_call(split(q), with_class(k), with_class(v), scale=scale), q.shape[0], frames, mode)
     if not class_tokens:
         return out
     return jnp.concatenate([out, attention_xla.dense(q[:, -1:], k, v, scale)], axis=1)
@@ -68,6 +85,4 @@ def space_time(q: Array, k: Array, v: Array, *, frames: int, mode: str, class_to
 def attention(q: Array, k: Array, v: Array, *, causal: bool, window: int | None, scale: float, **_: Any) -> Array:
     """q [B, S, N, D], k and v [B, K, Nkv, D]; see `attention.attention`."""
     reach = None if window is None else (window - 1, 0 if causal else window - 1)
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="cudnn"
-    )
+    return _call(q, k, v, scale=scale, is_causal=causal, local_window_size=reach)
