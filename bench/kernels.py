@@ -27,7 +27,7 @@ from pyvdl.kernels import attention, contrastive_loss, reference, space_time_att
 
 MODES = ("attention", "contrastive")
 OTHERS = ("cudnn", "xla")  # implementations, of pyvdl and of jax.nn.dot_product_attention
-LEAST_SECONDS = 0.2  # of a measurement
+LEAST_SECONDS = 0.1  # of a measurement
 # (B, S, N, D, frames, mode), the class token included in S
 ATTENTION = {
     "gpu": [
@@ -105,7 +105,10 @@ def compare(name: str, calls: dict[str, Call], arguments: Sequence[Array], round
         rows[who]["seconds"] = Spread.of(seconds).median
         if first in timings:
             rows[who]["ratio"] = ratio(seconds, [timing.wall_seconds for timing in timings[first]])
-    progress(f"{name}: {', '.join(rows[who].get('failed', 'done') for who in rows)}")
+    told = (
+        f"{who} {row['failed'] if 'failed' in row else f'{1e3 * row["seconds"]:.3f} ms'}" for who, row in rows.items()
+    )
+    progress(f"{name}: {', '.join(told)}")
     return list(rows.values())
 
 

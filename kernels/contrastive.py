@@ -21,7 +21,7 @@ KINDS = ("softmax", "sigmoid")
 IMPLEMENTATIONS = ("pallas_tpu", "xla", "reference")
 ELSEWHERE = ("pallas_gpu", "cudnn")  # implementations of other ops
 TILE = 1024  # rows and columns of a tile at most: 4 MiB of float32 scores
-CUDA_TILE = 8192  # 256 MiB, for batches of twice as many: a GPU is filled by large products only, and took a third of the time of tiles of 1024
+CUDA_TILE = 8192  # a GPU is filled by large products only: these take a third of the time of tiles of 1024
 MASKED = -1e30  # score of a pair that does not count; finite, so that a tile without any pair does no harm
 
 
