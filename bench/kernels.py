@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,7 @@ def with_backward(call: Call) -> Call:
     return run
 
 
-def attention_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def attention_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     for batch, tokens, heads, width, frames, mode in ATTENTION[platform]:
         keys = jax.random.split(jax.random.key(0), 4)
         q, k, v, gradient = (jax.random.normal(key, (batch, tokens, heads, width), jnp.bfloat16) for key in keys)
@@ -160,12 +161,10 @@ def attention_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
         wide = tuple(x.astype(jnp.float32) for x in small)
         error = difference(jax.jit(with_backward(ours))(*small), jax.jit(with_backward(definition))(*wide))
         found[0]["difference"] = found[len(forward)]["difference"] = error
-        rows += found
-    return rows
+        yield found
 
 
-def language_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def language_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     for batch, queries, keys, heads, kv_heads, width, causal in LANGUAGE[platform]:
         shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
         q, k, v, gradient = (
@@ -183,12 +182,10 @@ def language_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
         wide = tuple(x.astype(jnp.float32) for x in small)
         wanted = jax.jit(with_backward(definition))(*wide)
         found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), wanted)
-        rows += found
-    return rows
+        yield found
 
 
-def contrastive_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def contrastive_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     for batch, width, kind in CONTRASTIVE[platform]:
         keys = jax.random.split(jax.random.key(0), 2)
         video, text = (jax.random.normal(key, (batch, width)) for key in keys)
@@ -217,8 +214,7 @@ def contrastive_rows(platform: str, rounds: int) -> list[dict[str, Any]]:
         small = (video[:CHECKED_ROWS], text[:CHECKED_ROWS], scale)
         wanted = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*small)
         found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), wanted)
-        rows += found
-    return rows
+        yield found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -248,15 +244,18 @@ def main() -> None:
     platform = "cpu" if device.platform == "cpu" else "gpu"
     run = {"bench": "kernels", "device": device.device_kind} | environment(["jax", "jaxlib", "pyvdl"])
     progress(f"{device.device_kind}, jax {jax.__version__}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))  # a time limit does not lose what is there
     rows: list[dict[str, Any]] = []
-    if "attention" in arguments.modes:
-        rows += attention_rows(platform, arguments.rounds)
-        rows += language_rows(platform, arguments.rounds)
-    if "contrastive" in arguments.modes:
-        rows += contrastive_rows(platform, arguments.rounds)
-    print(f"{device.device_kind}, jax {jax.__version__}, medians of {arguments.rounds} rounds\n")
-    print(table(rows))
-    append_rows(arguments.out, run, rows)
+    parts = {"attention": (attention_rows, language_rows), "contrastive": (contrastive_rows,)}
+    try:
+        for mode in arguments.modes:
+            for part in parts[mode]:
+                for found in part(platform, arguments.rounds):
+                    rows += found
+    finally:
+        print(f"{device.device_kind}, jax {jax.__version__}, medians of {arguments.rounds} rounds\n")
+        print(table(rows))
+        append_rows(arguments.out, run, rows)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ def space_time_attention(
     cudnn: Callable[..., Array] = functools.partial(attention_cudnn.space_time, **call.grouping())
     if implementation == "cudnn":
         return cudnn(q, k, v)
-    if implementation is None and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
+    # Groups of a few tokens fill no tile of cuDNN's: they stay with XLA.
+    wide = mode == "joint" or (mode == "space" and patches // frames >= 64)
+    if implementation is None and wide and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
         # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules.
         return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=functools.partial(_space_time, call))
     return _space_time(call, q, k, v)
