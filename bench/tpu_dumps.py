@@ -142,13 +142,20 @@ def executed(bundles: Iterable[bytes]) -> collections.Counter[str]:
     return counts
 
 
-def profile(folder: Path) -> dict[str, int]:
-    """Simulated cycles of each kernel."""
-    found: dict[str, int] = {}
+class Simulated(NamedTuple):
+    """What the simulator tells of one kernel."""
+
+    cycles: int
+    bundles: Path  # all that it executed, where the kernel is one of Pallas
+
+
+def profile(folder: Path) -> dict[str, Simulated]:
+    """The simulated kernels by the names of their instructions."""
+    found: dict[str, Simulated] = {}
     for path in folder.glob("*.textproto"):
         text = path.read_text(encoding="utf-8")
-        pairs = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text)
-        found |= {name: int(cycles) for name, cycles in pairs}
+        for name, cycles in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
+            found[name] = Simulated(int(cycles), folder / f"{name}_bundles.txt")
     return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -21,18 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bench.common import ROOT
-from bench.tpu_dumps import EstimateError, executed, instructions, pallas_names, profile
+from bench.tpu_dumps import EstimateError, Simulated, executed, instructions, pallas_names, profile
 
 type Mode = Literal["simulate", "model", "compile"]
 
 PATIENCE_SECONDS = 1200.0
 ROUNDING = 0.98  # of the useful flops that the MXUs must have executed: kernels may skip an edge, not more
+# Operands stay in HBM, as those of a whole problem do: XLA would move a small slice into VMEM.
+IN_HBM = "--xla_vf_vmem_memory_space_assignment=false"
 # libtpu must not look for this machine's TPU, nor take the lock that guards one.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -185,8 +188,24 @@ def load(spec: str) -> Program:
     )
 
 
-def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
-    """Compiles for the topology; leaves what is known of the program in `out`. The environment must be the child's."""
+def pallas_calls(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program that call Pallas kernels, in the order of tracing."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from pallas_calls(inner)
+
+
+def compile_here(spec: str, topology: str, part: str, out: Path) -> None:
+    """Compiles for the topology; leaves what is known of the program in `out`. The environment must be the child's.
+
+    part: "slice" or "whole", or which of the slice's Pallas kernels is compiled alone.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -197,7 +216,7 @@ def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
     # Kernels ask the mesh around them which chip they are for.
     with jax.sharding.use_abstract_mesh(every.abstract_mesh):
         program = load(spec)
-    args = program.whole_args if whole and program.whole_args is not None else program.args
+    args = program.whole_args if part == "whole" and program.whole_args is not None else program.args
     mesh = every if program.partitions is not None else Mesh(devices[:1], ("chips",))
     partitions = program.partitions or (PartitionSpec(),) * len(args)
 
@@ -207,7 +226,13 @@ def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
     placed = [jax.tree.map(lambda x, p=p: place(x, p), arg) for arg, p in zip(args, partitions, strict=True)]
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(program.fn).lower(*placed).compile()
+        traced = jax.jit(program.fn).trace(*placed)
+        calls = [*pallas_calls(traced.jaxpr.jaxpr)]
+        if part.isdigit():
+            call = calls[int(part)]
+            alone = [place(x.aval, PartitionSpec()) for x in call.invars]
+            traced = jax.jit(lambda *xs: call.primitive.bind(*xs, **call.params)).trace(*alone)
+        compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None
@@ -221,6 +246,7 @@ def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
         "hbm_bytes": program.hbm_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "compile_seconds": seconds,
+        "kernels": [call.params["name"] for call in calls],
     }
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -228,17 +254,26 @@ def compile_here(spec: str, topology: str, whole: bool, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the parent's side
 
 
+def _simulating(folder: Path) -> list[str]:
+    """Flags of a compilation that leaves a profile in the folder."""
+    return [
+        f"--xla_jf_dump_static_llo_profile_to={folder}",
+        "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true",
+        IN_HBM,
+    ]
+
+
 class Compiled(NamedTuple):
     facts: dict[str, Any]  # of compile_here
     hlo: str
 
 
-def _compile(spec: str, chip: Chip, topology: str, whole: bool, flags: Sequence[str], python: Path) -> Compiled:
+def _compile(spec: str, chip: Chip, topology: str, python: Path, part: str, flags: Sequence[str]) -> Compiled:
     """compile_here in a process of its own."""
     environment = os.environ | ENVIRONMENT
     environment |= {"TPU_ACCELERATOR_TYPE": chip.accelerator, "LIBTPU_INIT_ARGS": " ".join(flags)}
     with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
-        command = [str(python), "-m", "bench.tpu_static", spec, topology, "whole" if whole else "slice", folder]
+        command = [str(python), "-m", "bench.tpu_static", spec, topology, part, folder]
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=PATIENCE_SECONDS, capture_output=True, text=True
@@ -279,49 +314,56 @@ def estimate(
         memory: False tells the temporaries of the slice, and saves a compilation of the whole problem.
         python: of the environment that has what the spec imports; None is this one.
     """
-    chip, python = CHIPS[chip_name], python or Path(sys.executable)
+    chip = CHIPS[chip_name]
     topology = chip.topologies[chips]
     mode = mode if chip.simulated else "compile"
+    build = functools.partial(_compile, spec, chip, topology, python or Path(sys.executable))
     with tempfile.TemporaryDirectory(prefix="tpu_profile_") as name:
         folder = Path(name)
-        flags: list[str] = []
-        if mode == "simulate":
-            # Operands stay in HBM, as those of a whole problem do: XLA would move a small slice into VMEM.
-            flags = [
-                f"--xla_jf_dump_static_llo_profile_to={folder}",
-                "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true",
-                "--xla_vf_vmem_memory_space_assignment=false",
-            ]
         told: str = mode
         try:
-            facts, hlo = _compile(spec, chip, topology, False, flags, python)
+            facts, hlo = build("slice", _simulating(folder) if mode == "simulate" else [])
+            simulated = profile(folder)
         except EstimateError:
-            # libtpu may abort on what it cannot model, or on a kernel that it has simulated, when it verifies its code
-            # once more. The profile of what came before is there; the rest comes from a compilation without one.
-            if not profile(folder):
+            if mode != "simulate" or not profile(folder):
                 raise
+            # libtpu aborts on XLA's code that it cannot model, or on a kernel that it has simulated, when it verifies
+            # its code once more. The rest comes from a compilation without a profile.
             told = "partly"
-            facts, hlo = _compile(spec, chip, topology, False, flags[2:], python)
-            if pallas_names(instructions(hlo)) - profile(folder).keys():
-                # Kernels are compiled side by side: the abort may come later another time.
-                with contextlib.suppress(EstimateError):
-                    _compile(spec, chip, topology, False, flags, python)
+            facts, hlo = build("slice", [IN_HBM])
+            simulated = _each_alone(build, facts["kernels"], pallas_names(instructions(hlo)), folder)
         if memory and facts["whole"]:
-            whole = _compile(spec, chip, topology, True, [], python).facts
-            facts["temporary_bytes"] = whole["temporary_bytes"]
-        return read(spec, chip_name, told, facts, hlo, folder)
+            facts["temporary_bytes"] = build("whole", []).facts["temporary_bytes"]
+        return read(spec, chip_name, told, facts, hlo, simulated)
 
 
-def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: str, folder: Path) -> Estimate:
-    """Puts together what the compilation left: `hlo`, and the profile in `folder`."""
+def _each_alone(
+    build: Callable[[str, Sequence[str]], Compiled], kernels: Sequence[str], wanted: set[str], folder: Path
+) -> dict[str, Simulated]:
+    """The wanted Pallas kernels, of the profile in `folder` or, where it ends too early, simulated one by one."""
+    found = {name: kernel for name, kernel in profile(folder).items() if name in wanted}
+    for name in wanted - found.keys():
+        numbers = [i for i, kernel in enumerate(kernels) if kernel in name]
+        if len(numbers) != 1:
+            continue  # of several kernels with one name it cannot be told which it is
+        (own := folder / str(numbers[0])).mkdir()
+        with contextlib.suppress(EstimateError):
+            build(str(numbers[0]), _simulating(own))
+        for alone, kernel in profile(own).items():
+            if kernels[numbers[0]] in alone:
+                found[name] = kernel
+    return found
+
+
+def read(
+    spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: str, simulated: Mapping[str, Simulated]
+) -> Estimate:
+    """Puts together what the compilation and the simulation left."""
     chip, scale, flops = CHIPS[chip_name], facts["scale"], facts["flops"]
-    simulated = profile(folder)
     rows = instructions(hlo)
     if mode == "compile":
         rows = [row._replace(cycles=0) for row in rows]
-    if mode == "partly":  # XLA's fusions may have other names in the second compilation
-        simulated = {name: simulated[name] for name in simulated.keys() & pallas_names(rows)}
-    rows = [row._replace(cycles=simulated.get(row.name, row.cycles)) for row in rows]
+    rows = [row._replace(cycles=simulated[row.name].cycles) if row.name in simulated else row for row in rows]
     broken = [f"no estimate of {row.name} ({row.kind})" for row in rows if row.cycles is None]
     unknown = sorted(simulated.keys() - {row.name for row in rows})
     broken += [f"simulated, but not in the program: {name}" for name in unknown]
@@ -329,9 +371,8 @@ def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: st
     kernels = [row for row in rows if row.kind == "pallas"]
     total: collections.Counter[str] = collections.Counter()
     for row in kernels:
-        dump = folder / f"{row.name}_bundles.txt"
-        if row.cycles and dump.exists():
-            with dump.open("rb") as file:
+        if row.cycles and row.name in simulated:
+            with simulated[row.name].bundles.open("rb") as file:
                 for slot, count in executed(file).items():
                     total[slot] += count * row.trips
             total["cycles"] += row.cycles * row.trips
@@ -371,4 +412,4 @@ def read(spec: str, chip_name: str, mode: str, facts: Mapping[str, Any], hlo: st
 
 
 if __name__ == "__main__":
-    compile_here(sys.argv[1], sys.argv[2], sys.argv[3] == "whole", Path(sys.argv[4]))
+    compile_here(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

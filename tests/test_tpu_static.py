@@ -97,7 +97,7 @@ def test_executed_instructions_are_counted_by_slot() -> None:
 
 
 def test_an_estimate_puts_profile_and_program_together(profile: Path) -> None:
-    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, profile)
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, tpu_dumps.profile(profile))
     assert found.broken == ()
     assert found.cycles == 2 * (200 + 5 * 100 + 7)
     assert found.seconds == pytest.approx(found.cycles / 1.5e9)
@@ -118,18 +118,20 @@ def test_an_estimate_puts_profile_and_program_together(profile: Path) -> None:
     ],
 )
 def test_what_cannot_be_makes_a_row_invalid(change: dict[str, Any], told: str, profile: Path) -> None:
-    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS | change, HLO, profile)
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS | change, HLO, tpu_dumps.profile(profile))
     assert any(told in reason for reason in found.broken)
     assert "INVALID" in tpu_aot.cells(tpu_aot.CASES[0], "v5e", found)[-1]
 
 
 def test_a_kernel_without_estimate_makes_a_row_invalid(tmp_path: Path) -> None:
-    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, tmp_path)
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO, tpu_dumps.profile(tmp_path))
     assert found.broken == ("no estimate of attn.1 (pallas)",)
 
 
 def test_a_kernel_of_another_program_makes_a_row_invalid(profile: Path) -> None:
-    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS, HLO.replace("%attn.1 =", "%attn.2 ="), profile)
+    found = tpu_static.read(
+        "a:b()", "v5e", "simulate", FACTS, HLO.replace("%attn.1 =", "%attn.2 ="), tpu_dumps.profile(profile)
+    )
     assert "simulated, but not in the program: attn.1" in found.broken
 
 
