@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental import pallas as pl
 
 import pyvdl.kernels
 from bench import tpu_aot, tpu_dumps, tpu_ops, tpu_static, tpu_tune
@@ -253,3 +254,34 @@ def test_a_search_tries_every_combination_and_puts_the_fastest_first(monkeypatch
     ]
     assert found[-1][1] == "too large"
     assert tpu_tune.table(found).splitlines()[2] == "| 2 | 3 | 2 | 50% |  | 1.0 |  |"
+
+
+def test_pallas_kernels_are_found_inside_jit_and_gradients() -> None:
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = x_ref[...]
+
+    @jax.custom_vjp
+    def core(x: Any) -> Any:
+        return jax.jit(pl.pallas_call(kernel, out_shape=x, name="first"))(x)
+
+    core.defvjp(lambda x: (core(x), None), lambda _, g: (pl.pallas_call(kernel, out_shape=g, name="second")(g),))
+    x = jax.ShapeDtypeStruct((8, 128), "float32")
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x: jax.checkpoint(core)(x).sum()))(x).jaxpr
+    names = [call.params["name"] for call in tpu_static.pallas_calls(jaxpr)]
+    assert names[-1] == "second"
+    assert "first" in names
+
+
+def test_a_kernel_missing_from_the_profile_is_simulated_alone(profile: Path) -> None:
+    asked: list[str] = []
+
+    def build(part: str, flags: Any) -> Any:
+        asked.append(part)
+        folder = Path(flags[0].partition("=")[2])
+        (folder / "a.textproto").write_text('hlo_op_name: "alone.1"\n estimated_cycles: 9\n', encoding="utf-8")
+        raise EstimateError("aborted after that")
+
+    kernels = ["attn", "loss", "twice", "twice"]
+    found = tpu_static._each_alone(build, kernels, {"attn.1", "jvp_loss_.2", "twice.1"}, profile)
+    assert {name: kernel.cycles for name, kernel in found.items()} == {"attn.1": 200, "jvp_loss_.2": 9}
+    assert asked == ["1"]
