@@ -1,10 +1,10 @@
 """Searches block sizes of pyvdl's TPU kernels with the static simulator: `python -m bench.tpu_tune`.
 
-    python -m bench.tpu_tune --case "joint fwd 2048x64" --set query_chunk=256,512,1024 --set key_chunk=256,512
+    python -m bench.tpu_tune --case "joint fwd 2048x64" --set queries=256,512,1024 --set keys=256,512
 
 Every combination is one simulation of a slice of the case, in a process of its own. The kernels take a setting through
 one hook, `pyvdl.kernels.tuning.override(name=value, ...)`: a context manager under which the op is traced, forward and
-backward, and which raises for a name that it does not know. What is printed last is the entry for kernels/tuning.py.
+backward, and which raises for a name that it does not know. What is printed last is the device's entry in a table of kernels/tuning.py.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best, result = found[0]
     if isinstance(result, str):
         raise SystemExit("no combination gives an estimate")
-    print(f"\n({DEVICE_KINDS[options.chip]!r}, {options.case!r}): {best!r},")
+    cuts = ", ".join(f"{name}={value}" for name, value in best.items())
+    print(f'\n"{DEVICE_KINDS[options.chip]}": Cuts({cuts}),  # {options.case}')
 
 
 if __name__ == "__main__":
