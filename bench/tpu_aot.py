@@ -185,7 +185,7 @@ HEAD = (
 def cells(case: Case, chip: str, found: Estimate | str) -> list[str]:
     """A row of the table: an estimate, or why there is none."""
     if isinstance(found, str):
-        return [case.name, chip, *[""] * (len(HEAD) - 3), f"no estimate: {found}"]
+        return [case.name, chip, *[""] * (len(HEAD) - 3), f"no estimate: {found.replace('|', '/')}"]
     notes = [f"INVALID: {'; '.join(found.broken)}"] if found.broken else []
     if MODES[found.mode]:
         notes.append(MODES[found.mode])

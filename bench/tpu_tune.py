@@ -4,7 +4,8 @@
 
 Every combination is one simulation of a slice of the case, in a process of its own. The kernels take a setting through
 one hook, `pyvdl.kernels.tuning.override(name=value, ...)`: a context manager under which the op is traced, forward and
-backward, and which raises for a name that it does not know. What is printed last is the device's entry in a table of kernels/tuning.py.
+backward, and which raises for a name that it does not know. What is printed last is the device's entry in a table of
+kernels/tuning.py.
 """
 
 from __future__ import annotations
