@@ -35,8 +35,9 @@ COLUMN_BY_ROW = (((0,), (0,)), ((), ()))  # [r, c], [r, e] -> [c, e]
 
 VMEM_LIMIT_BYTES = 60 * 2**20  # of the 64 MiB of the smallest VMEM among the chips this is for
 ROW_SCRATCH_BYTES = 6 * 2**20  # two blocks of d_video, the one in work and the one on its way
-COLUMN_SCRATCH_BYTES = 24 * 2**20  # d_text of the visitors, which stays in VMEM for a whole call
-MAX_ROWS, MAX_COLUMNS = 1024, 512  # of a tile: larger ones compile for longer and gain nothing
+TEXT_BLOCK_BYTES = 8 * 2**20  # two blocks of text and one of d_text
+COLUMN_SCRATCH_BYTES = 12 * 2**20  # d_text of the visitors, which stays in VMEM for a whole call
+MAX_ROWS, MAX_COLUMNS = 1024, 1024  # of a tile: larger ones compile for longer and gain nothing
 
 
 class Layout(NamedTuple):
@@ -67,17 +68,18 @@ def layout(batch: int, width: int, dtype: Any, split: bool) -> Layout:
     limit_rows, limit_columns = MAX_ROWS, MAX_COLUMNS
     if jnp.dtype(dtype) == jnp.float32:  # six passes of the MXU for one: as many instructions from a smaller tile
         limit_rows, limit_columns, chunk = 256, 256, 128
-    limit_rows = min(limit_rows, ROW_SCRATCH_BYTES // (8 * width))
+    limit_rows = min(limit_rows, max(ROW_SCRATCH_BYTES // (8 * width), LANES))
+    limit_columns = min(limit_columns, max(TEXT_BLOCK_BYTES // (8 * width), LANES))
     streams = 2 if split and batch > LANES else 1
     # Columns that do not fit are visited in more parts; a multiple of two, as the ring has two directions.
     while _up(batch, LANES * streams) // streams * width * 4 > COLUMN_SCRATCH_BYTES:
         streams *= 2
     for row_block in (1024, 512, 256, 128):
         rows = _up(batch, max(row_block, LANES * streams))
-        if row_block <= limit_rows and (8 * rows <= 9 * batch or row_block == LANES):
+        if row_block <= limit_rows and (8 * rows <= 9 * batch or row_block == LANES):  # little of it padding
             break
     row_block = math.gcd(rows, row_block)
-    column_block = next(c for c in (512, 256, 128) if c <= limit_columns and rows // streams % c == 0)
+    column_block = next(c for c in (1024, 512, 256, 128) if c <= limit_columns and rows // streams % c == 0)
     return Layout(batch, rows, width, streams, row_block, column_block, min(chunk, column_block))
 
 
@@ -98,9 +100,8 @@ def by_row(x: Array) -> Array:
 class Visit(NamedTuple):
     """What a call needs to know beside the embeddings."""
 
-    numbers: (
-        Array  # float32[2]: factor of the products; their bias (sigmoid) or the fixed maximum (softmax); times log2(e)
-    )
+    # float32[2], times log2(e): factor of the products; their bias (sigmoid) or the fixed maximum (softmax)
+    numbers: Array
     places: Array  # int32[3]: are the visitors the device's own rows; place of the first of them; 0 if maxima are fixed
     row_groups: Array | None  # int32[rows, 128]
     column_groups: Array | None  # int32[1, columns]
