@@ -34,6 +34,8 @@ LN2 = math.log(2.0)
 # each term is below the sum, and what underflows to zero is below 2**-126.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-64, 2.0**64
 
+LONE = 16  # rows that are read for the lone one: a tile of bfloat16
+
 Spec = pl.BlockSpec
 NT = (((1,), (1,)), ((), ()))  # a[m, c], b[n, c] -> [m, n]
 
@@ -45,50 +47,55 @@ class Plan(NamedTuple):
     tokens: int  # S
     heads: int
     head_dim: int
+    loose: bool  # heads are not aligned to lanes
     lone: bool  # the last row stands apart from the `keys` before it
     keys: int  # rows of the transposed arrays, a multiple of 128; those at `tokens` and after are masked
     query_chunk: int  # columns of the scores that are worked on at a time
     key_chunk: int  # rows of the scores that are worked on at a time
-    chunks: int  # of queries in a grid step
-    ranges: int  # of queries, one a grid step
-    rows: int  # of a block: all rows of the array and what the chunks read beyond
-    loose: bool  # heads are not aligned to lanes
+    ranges: int = 1  # of queries, one a grid step
+    columns: int = 0  # queries of a range
+    rows: int = 0  # of a block: all rows of the array and what the ranges read beyond
+    tiles: int = 1  # of lanes in a block
 
     @property
     def together(self) -> int:
-        """Heads of a grid step."""
+        """Heads of a tile."""
         return 1 if self.loose else max(1, LANES // self.head_dim)
 
     @property
     def lanes(self) -> int:
-        """Lanes of a block, and of a head moved to the front."""
+        """Lanes of a tile, and of a head moved to the front."""
         return max(LANES, self.head_dim)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(tile, place in it) of the heads of a step."""
+        return [(t, u) for t in range(self.tiles) for u in range(self.together)]
 
     @property
     def lone_query(self) -> bool:
         """The lone row is no column of the ranges."""
-        return self.lone and self.ranges * self.chunks * self.query_chunk == self.keys
+        return self.lone and self.ranges * self.columns == self.keys
 
 
-def make_plan(q: Array, narrow: int, sizes: tuning.Cuts) -> Plan:
-    """Cuts for q [B, S, N, D].
-
-    narrow: products of which D rows stream, for each that streams all keys.
-    """
-    work, query_chunk, key_chunk = sizes
+def make_plan(q: Array, wide: int, narrow: int, sizes: tuning.Cuts) -> Plan:
+    """Cuts for q [B, S, N, D]. wide, narrow: products of which all keys stream, and of which D rows stream."""
     batch, tokens, heads, head_dim = q.shape
     lone = tokens > LANES and tokens % LANES == 1
     keys = tokens - 1 if lone else pl.cdiv(tokens, LANES) * LANES
-    query_chunk, key_chunk = (min(x, keys) for x in (query_chunk, key_chunk))
     loose = head_dim % LANES != 0 and (LANES % head_dim != 0 or heads * head_dim % LANES != 0)
-    plan = Plan(batch, tokens, heads, head_dim, lone, keys, query_chunk, key_chunk, 1, 1, 0, loose)
-    total = pl.cdiv(keys, query_chunk)
-    cycles = plan.together * query_chunk * keys * (2 + 2 * narrow * head_dim // LANES) // 1024
-    most = max(1, work // max(1, cycles))
-    ranges = pl.cdiv(total, most)
-    chunks = pl.cdiv(total, ranges)
-    rows = max(keys + (16 if lone else 0), ranges * chunks * query_chunk)
-    return plan._replace(ranges=ranges, chunks=chunks, rows=rows)
+    query_chunk, key_chunk = min(sizes.queries, keys), min(sizes.keys, keys)
+    plan = Plan(batch, tokens, heads, head_dim, loose, lone, keys, query_chunk, key_chunk)
+    # The matrix unit of v5e gives 512 numbers a cycle, of a product over up to 128.
+    cycles = plan.together * keys * (wide * plan.lanes + narrow * head_dim) / (512 * LANES)  # for one query
+    chunks = pl.cdiv(keys, query_chunk)
+    ranges = pl.cdiv(chunks, max(1, int(sizes.cycles / (cycles * query_chunk))))
+    columns = keys if ranges == 1 else pl.cdiv(chunks, ranges) * query_chunk
+    rows = max(keys + (LONE if lone else 0), ranges * columns)
+    # What a step costs beside its products is shared by more heads where one tile's are little work.
+    most = 1 if loose else max(1, int(sizes.cycles / (2 * cycles * columns)))
+    tiles = max(n for n in range(1, most + 1) if loose or heads * head_dim % (n * plan.lanes) == 0)
+    return plan._replace(ranges=ranges, columns=columns, rows=rows, tiles=tiles)
 
 
 def pieces(length: int, size: int) -> list[tuple[int, int]]:
@@ -122,6 +129,26 @@ def zero_after(x: Array, first: Any, count: int) -> Array:
     return jnp.where(row(x.shape) + first < count, x, jnp.zeros_like(x))
 
 
+def store_row(ref: Any, index: Any, start: Any, x: Array) -> None:
+    """ref[0, index, start:start + n] = x [1, n]."""
+    at = pl.ds(start, x.shape[1])
+    if x.shape[1] > LANES:
+        ref[0, pl.ds(index, 1), at] = x
+    else:  # the compiler stores no single tile at a row that it does not know
+        block = ref[0, :, at]
+        ref[0, :, at] = jnp.where(row(block.shape) == index, x, block)
+
+
+def load_row(ref: Any, index: Any, start: Any, n: int) -> Array:
+    """ref[0, index, start:start + n], as [1, n]."""
+    at = pl.ds(start, n)
+    if n > LANES:
+        found: Array = ref[0, pl.ds(index, 1), at]
+        return found
+    block = ref[0, :, at]
+    return jnp.where(row(block.shape) == index, block, 0.0).sum(0, keepdims=True)
+
+
 def turn(x: Array, shift: Array) -> Array:
     """Lanes turned to the right by `shift` of 128."""
     if x.dtype == jnp.float32:
@@ -138,23 +165,37 @@ class Input:
     def __init__(self, plan: Plan, refs: tuple[Any, ...]):
         self.plan, self.refs = plan, refs
 
-    def whole(self, rows: Any) -> Array:
-        """All lanes as they lie; of "loose" heads, the head of this step at the front."""
+    def whole(self, rows: Any, tile: int = 0) -> Array:
+        """A tile's lanes as they lie; of "loose" heads, the head of this step at the front."""
         plan = self.plan
         if not plan.loose:
-            return self.refs[0][0, rows, :]
+            return self.refs[0][0, rows, tile * plan.lanes : (tile + 1) * plan.lanes]
         shift = jax.lax.rem(pl.program_id(1) * plan.head_dim, LANES)
         low, high = (ref[0, rows, :] for ref in self.refs)
         at = lane(low.shape)
         head = turn(jnp.where(at >= shift, low, high), jax.lax.rem(LANES - shift, LANES))
         return jnp.where(at < plan.head_dim, head, jnp.zeros_like(head))
 
-    def head(self, rows: Any, u: int) -> Array:
-        """Head u of the step, in its lanes."""
-        x = self.whole(rows)
-        if self.plan.together == 1:
-            return x
-        return jnp.where(of_head(x, u, self.plan.head_dim), x, jnp.zeros_like(x))
+    def lone_column(self, tile: int) -> Array:
+        """float32[lanes, 128]: the lone row as a column, in all lanes."""
+        lone = self.whole(pl.ds(self.plan.keys, LONE), tile).astype(jnp.float32)[:1]
+        return jnp.broadcast_to(lone, (LANES, self.plan.lanes)).T
+
+
+def outer(column: Array, x: Array) -> Array:
+    """[D, n]: a column, given in all of 128 lanes, times x [1, n]."""
+    return jnp.concatenate([column * x[:, i : i + n] for i, n in pieces(x.shape[1], LANES)], 1)
+
+
+def own_lanes(x: Array, plan: Plan, u: int) -> Array:
+    """x with other heads' lanes zero, for the head at place u of its tile."""
+    return jnp.where(of_head(x, u, plan.head_dim), x, jnp.zeros_like(x)) if plan.together > 1 else x
+
+
+def own_rows(plan: Plan, place: tuple[int, int]) -> slice:
+    """A head's rows in a transposed block."""
+    start = place[0] * plan.lanes + place[1] * plan.head_dim
+    return slice(start, start + plan.head_dim)
 
 
 class Output:
@@ -163,27 +204,30 @@ class Output:
     def __init__(self, plan: Plan, ref: Any, carry: Any):
         self.plan, self.ref, self.carry = plan, ref, carry
 
-    def write(self, rows: Any, x: Array) -> None:
-        """x: [rows, lanes]; of a "loose" head, the head at the front."""
+    def write(self, rows: Any, x: Array, tile: int = 0) -> None:
+        """x: [rows, lanes] of a tile; of a "loose" head, the head at the front."""
         if self.plan.loose:
             shift = jax.lax.rem(pl.program_id(1) * self.plan.head_dim, LANES)
             x = turn(x.astype(self.ref.dtype), shift)
-            merged = jnp.where(lane(x.shape) < shift, self.carry[rows, :], x)
+            # Steps read one carry and write the other: rows may be written twice.
+            old = jax.lax.rem(pl.program_id(1) + 1, 2)
+            merged = jnp.where(lane(x.shape) < shift, self.carry[old, rows, :], x)
             # What lies in front of the head's end belongs to the next tile, when the head reaches into it.
-            self.carry[rows, :] = jnp.where(shift + self.plan.head_dim > LANES, x, merged)
+            self.carry[1 - old, rows, :] = jnp.where(shift + self.plan.head_dim > LANES, x, merged)
             x = merged
-        self.ref[0, rows, :] = x.astype(self.ref.dtype)
+        lanes = self.plan.lanes
+        self.ref[0, rows, tile * lanes : (tile + 1) * lanes] = x.astype(self.ref.dtype)
 
-    def write_transposed(self, first: Any, heads: list[Array]) -> None:
-        """heads: float32[D, n] each, for the n rows from `first` on."""
+    def write_transposed(self, first: Any, heads: list[Array], tile: int) -> None:
+        """heads: float32[D, n] each, a tile's, for the n rows from `first` on."""
         x = jnp.concatenate(heads, 0) if len(heads) > 1 else heads[0]
         if x.shape[0] < self.plan.lanes:
             x = jnp.concatenate([x, jnp.zeros((self.plan.lanes - x.shape[0], x.shape[1]), jnp.float32)], 0)
-        self.write(pl.ds(first, x.shape[1]), x.T)
+        self.write(pl.ds(first, x.shape[1]), x.T, tile)
 
     def flush(self) -> None:
         """In the step after the last head: the tile that it left unfinished."""
-        self.ref[0] = self.carry[...]
+        self.ref[0] = self.carry[jax.lax.rem(pl.program_id(1) + 1, 2)]
 
 
 def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
@@ -191,149 +235,164 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
     p = plan
     wide = 2 if p.loose else 1
     q, k, v = (Input(p, refs[i * wide : (i + 1) * wide]) for i in range(3))
-    out_ref, lse_ref, vt_ref, *more = refs[3 * wide :]
-    dim, step, part = p.head_dim, pl.program_id(1), pl.program_id(2)
-    first_query = pl.multiple_of(part * (p.chunks * p.query_chunk), LANES)
-    key_pieces = pieces(p.keys, p.key_chunk)
+    out_ref, lse_ref, vt_ref, lone_ref, *more = refs[3 * wide :]
     kh_ref: Any
     kh_ref, carry_ref = more if p.loose else (None, None)
     output = Output(p, out_ref, carry_ref)
+    dim, part = p.head_dim, pl.program_id(2)
+    first_head = pl.program_id(1) * len(p.places)
+    first_query = pl.multiple_of(part * p.columns, LANES)
+    key_pieces = pieces(p.keys, p.key_chunk)
 
-    def prepare() -> None:
+    def prepare(tile: int, start: int, size: int) -> None:
         """V transposed, rows that are not there zero; "loose" keys at the front of their lanes."""
-        for start, size in pieces(p.keys, LANES):
-            rows = v.whole(pl.ds(start, size))
-            vt_ref[:, start : start + size] = (zero_after(rows, start, p.tokens)).T
-            if p.loose:
-                kh_ref[start : start + size, :] = k.whole(pl.ds(start, size))
-        if p.loose and p.lone:
-            kh_ref[p.keys : p.keys + 16, :] = k.whole(pl.ds(p.keys, 16))
+        for at, n in pieces(size, LANES):
+            rows = v.whole(pl.ds(start + at, n), tile)
+            if start + at + n > p.tokens:
+                rows = zero_after(rows, start + at, p.tokens)
+            vt_ref[tile * p.lanes : (tile + 1) * p.lanes, start + at : start + at + n] = rows.T
+        if p.loose:
+            size += LONE if p.lone and start + size == p.keys else 0
+            kh_ref[start : start + size, :] = k.whole(pl.ds(start, size))
 
-    def keys(start: Any, size: int) -> Array:
-        return kh_ref[pl.ds(start, size), :] if p.loose else k.whole(pl.ds(start, size))
+    def prepare_lone() -> None:
+        for tile in range(p.tiles):
+            lone_ref[tile * p.lanes : (tile + 1) * p.lanes, :] = v.lone_column(tile)
 
-    def queries(first: Any, u: int) -> Array:
-        x = q.head(pl.ds(first, p.query_chunk), u)
-        return zero_after(x, first, p.tokens) if p.ranges * p.chunks * p.query_chunk > p.tokens else x
+    def keys(tile: int, start: Any, size: int) -> Array:
+        return kh_ref[pl.ds(start, size), :] if p.loose else k.whole(pl.ds(start, size), tile)
 
-    def scores(start: Any, size: int, qh: Array) -> Array:
+    def queries(first: Any, n: int, place: tuple[int, int]) -> Array:
+        x = own_lanes(q.whole(pl.ds(first, n), place[0]), p, place[1])
+        return zero_after(x, first, p.tokens) if p.ranges * p.columns > p.tokens else x
+
+    def scores(tile: int, start: Any, size: int, qh: Array) -> Array:
         """[size, queries] in powers of two; -inf at keys that are not there."""
-        s = dot(keys(start, size), qh, nt=True) * factor
-        if not p.lone and p.keys > p.tokens:
+        s = dot(keys(tile, start, size), qh, nt=True) * factor
+        if not p.lone and p.keys > p.tokens and not (isinstance(start, int) and start + size <= p.tokens):
             s = jnp.where(row(s.shape) + start < p.tokens, s, -jnp.inf)
         return s
 
-    def lone_scores(qh: Array) -> Array:
-        # The rows after the lone one are zero: sums over them take it out.
-        return dot(zero_after(keys(p.keys, 16), 0, 1), qh, nt=True).sum(0, keepdims=True) * factor
-
-    def lone_value(u: int) -> Array:
-        """float32[D, 1]: the lone row of V."""
-        column = jnp.broadcast_to(v.whole(pl.ds(p.keys, 16)).astype(jnp.float32)[:1], (LANES, p.lanes)).T
-        return column[u * dim : (u + 1) * dim, :1]
-
-    def values(u: int, start: Any, size: int) -> Array:
-        return vt_ref[u * dim : (u + 1) * dim, pl.ds(start, size)]
-
-    def attend(qh: Array, u: int) -> tuple[Array, Array]:
+    def attend(qh: Array, place: tuple[int, int], first_use: bool) -> tuple[Array, Array]:
         """float32[D, n] and [1, n]: sums of values and of weights, no maximum subtracted."""
         columns = qh.shape[0]
         acc = jnp.zeros((dim, columns), jnp.float32)
         total = jnp.zeros((8, columns), jnp.float32)
         for start, size in key_pieces:
-            weights = jnp.exp2(scores(start, size, qh))
+            if first_use:
+                prepare(place[0], start, size)
+            # The lone key rides behind the last piece: a product of its own would load all queries for one row.
+            extra = LONE if p.lone and start + size == p.keys else 0
+            s = scores(place[0], start, size + extra, qh)
+            weights = jnp.exp2(s[:size])
             total += weights.reshape(size // 8, 8, columns).sum(0)
-            acc += dot(values(u, start, size), weights.astype(vt_ref.dtype))
+            acc += dot(vt_ref[own_rows(p, place), start : start + size], weights.astype(vt_ref.dtype))
         total = total.sum(0, keepdims=True)
         if p.lone:
-            weight = jnp.exp2(lone_scores(qh))
+            weight = jnp.exp2(s[size : size + 1])
             total += weight
-            acc += lone_value(u) * weight
+            acc += outer(lone_ref[own_rows(p, place), :], weight)
         return acc, total
 
-    def attend_carefully(qh: Array, u: int) -> tuple[Array, Array, Array]:
+    def attend_carefully(qh: Array, place: tuple[int, int]) -> tuple[Array, Array, Array]:
         """The same with the maximum subtracted, and the maximum [1, n]."""
-        columns, size = qh.shape[0], LANES
+        columns, size, tile = qh.shape[0], LANES, place[0]
 
         def maximum(i: Array, top: Array) -> Array:
-            return jnp.maximum(top, scores(i * size, size, qh).max(0, keepdims=True))
+            return jnp.maximum(top, scores(tile, pl.multiple_of(i * size, size), size, qh).max(0, keepdims=True))
 
         top = jnp.full((1, columns), -jnp.inf, jnp.float32)
         top = jax.lax.fori_loop(0, p.keys // size, maximum, top)
-        if p.lone:
-            top = jnp.maximum(top, lone_scores(qh))
+        alone = scores(tile, p.keys, LONE, qh)[:1] if p.lone else None
+        if alone is not None:
+            top = jnp.maximum(top, alone)
 
         def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             start = pl.multiple_of(i * size, size)
-            weights = jnp.exp2(scores(start, size, qh) - top)
-            part = dot(values(u, start, size), weights.astype(vt_ref.dtype))
+            weights = jnp.exp2(scores(tile, start, size, qh) - top)
+            part = dot(vt_ref[own_rows(p, place), pl.ds(start, size)], weights.astype(vt_ref.dtype))
             return sums[0] + part, sums[1] + weights.sum(0, keepdims=True)
 
         sums = jnp.zeros((dim, columns), jnp.float32), jnp.zeros((1, columns), jnp.float32)
         acc, total = jax.lax.fori_loop(0, p.keys // size, add, sums)
-        if p.lone:
-            weight = jnp.exp2(lone_scores(qh) - top)
+        if alone is not None:
+            weight = jnp.exp2(alone - top)
             total += weight
-            acc += lone_value(u) * weight
+            acc += outer(lone_ref[own_rows(p, place), :], weight)
         return acc, total, top
 
-    def finish(first: Any, heads: list[tuple[Array, Array, Array | float]]) -> None:
+    def finish(first: Any, tile: int, heads: list[tuple[Array, Array, Array | float]]) -> None:
         outs = []
         for u, (acc, total, top) in enumerate(heads):
             outs.append(acc * (1.0 / total))
-            lse_ref[0, pl.ds(step * p.together + u, 1), pl.ds(first, p.query_chunk)] = LN2 * (jnp.log2(total) + top)
-        output.write_transposed(first, outs)
+            store_row(lse_ref, first_head + tile * p.together + u, first, LN2 * (jnp.log2(total) + top))
+        output.write_transposed(first, outs, tile)
 
     def lone_query() -> None:
-        """The last row as a query, in the usual form: its scores are one row, which streams."""
-        rows = pl.ds(p.keys, 16)
-        outs = jnp.zeros((16, p.lanes), jnp.float32)
-        value = v.whole(rows).astype(jnp.float32)[:1]
-        for u in range(p.together):
-            qh = zero_after(q.head(rows, u), 0, 1)
-            parts = [dot(qh, keys(a, n), nt=True).sum(0, keepdims=True) for a, n in key_pieces]
-            s = jnp.concatenate(parts, 1) * factor
-            alone = jnp.sum(qh[:1].astype(jnp.float32) * keys(p.keys, 16)[:1].astype(jnp.float32), -1, keepdims=True)
-            alone *= factor
-            top = jnp.maximum(s.max(-1, keepdims=True), alone)
-            weights, weight = jnp.exp2(s - top), jnp.exp2(alone - top)
-            total = weights.sum(-1, keepdims=True) + weight
-            weights = jnp.broadcast_to(weights, (16, p.keys)).astype(vt_ref.dtype)
-            out = (dot(weights, vt_ref[...], nt=True) + weight * value) * (1.0 / total)
-            outs = jnp.where(of_head(outs, u, dim), out, outs) if p.together > 1 else out
-            # A whole tile: the compiler stores no single number at a row that it does not know.
-            tile = lse_ref[0, :, p.keys : p.keys + LANES]
-            here = row(tile.shape) == step * p.together + u
-            lse_ref[0, :, p.keys : p.keys + LANES] = jnp.where(here, LN2 * (jnp.log2(total) + top), tile)
-        output.write(rows, outs)
+        """The last row as a query, in the usual form: the scores of a tile's heads are rows, which stream."""
+        for tile in range(p.tiles):
+            qx, kx, vx = (x.whole(pl.ds(p.keys, LONE), tile).astype(jnp.float32)[:1] for x in (q, k, v))
+            qx = jnp.broadcast_to(qx, (LONE, p.lanes))
+            heads = row(qx.shape)  # row u is the head at place u, the others are zero
+            if p.together > 1:
+                qx = jnp.where((lane(qx.shape) >= heads * dim) & (lane(qx.shape) < (heads + 1) * dim), qx, 0.0)
+            else:
+                qx = jnp.where(heads == 0, qx, 0.0)
+            alone = (qx * kx).sum(-1, keepdims=True) * factor
+            qx = qx.astype(vt_ref.dtype)
+            parts = [dot(qx, keys(tile, *piece), nt=True) * factor for piece in key_pieces]
+            top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in parts], alone)
+            weight = jnp.exp2(alone - top)
+            total, out = weight, weight * vx
+            for s, (start, size) in zip(parts, key_pieces, strict=True):
+                weights = jnp.exp2(s - top)
+                total += weights.sum(-1, keepdims=True)
+                transposed = vt_ref[tile * p.lanes : (tile + 1) * p.lanes, start : start + size]
+                out += dot(weights.astype(vt_ref.dtype), transposed, nt=True)
+            out *= 1.0 / total
+            statistic = LN2 * (jnp.log2(total) + top)
+            mine = (lane(out.shape) >= heads * dim) & (lane(out.shape) < (heads + 1) * dim)
+            out = jnp.where(mine, out, 0.0).sum(0, keepdims=True)
+            output.write(pl.ds(p.keys, LONE), jnp.broadcast_to(out, (LONE, p.lanes)), tile)
+            for u in range(p.together):
+                found = jnp.broadcast_to(statistic[u : u + 1], (1, LANES))
+                store_row(lse_ref, first_head + tile * p.together + u, p.keys, found)
 
     def compute() -> None:
-        if p.ranges == 1:
-            prepare()
-        else:
-            pl.when(part == 0)(prepare)
+        if p.lone:
+            pl.when(part == 0)(prepare_lone) if p.ranges > 1 else prepare_lone()
+        if p.ranges > 1:
+
+            @pl.when(part == 0)
+            def _() -> None:
+                for tile in range(p.tiles):
+                    prepare(tile, 0, p.keys)
+
+        bad = jnp.zeros((1, LANES), jnp.float32)
+        for tile in range(p.tiles):
+            for at, n in pieces(p.columns, p.query_chunk):
+                first = pl.multiple_of(first_query + at, LANES)
+                heads: list[tuple[Array, Array, Array | float]] = []
+                for u in range(p.together):
+                    acc, total = attend(queries(first, n, (tile, u)), (tile, u), p.ranges == 1 and at == u == 0)
+                    fine = (total >= SMALLEST_SUM) & (total <= LARGEST_SUM)
+                    bad = functools.reduce(
+                        jnp.maximum, [jnp.where(fine[:, i : i + LANES], 0.0, 1.0) for i in range(0, n, LANES)], bad
+                    )
+                    heads.append((acc, total, 0.0))
+                finish(first, tile, heads)
         if p.lone_query:
-            if p.ranges == 1:
-                lone_query()
-            else:
-                pl.when(part == p.ranges - 1)(lone_query)
-        bad = jnp.zeros((1, p.query_chunk), jnp.float32)
-        for i in range(p.chunks):
-            first = pl.multiple_of(first_query + i * p.query_chunk, LANES)
-            heads: list[tuple[Array, Array, Array | float]] = []
-            for u in range(p.together):
-                acc, total = attend(queries(first, u), u)
-                bad = jnp.where((total >= SMALLEST_SUM) & (total <= LARGEST_SUM), bad, 1.0)
-                heads.append((acc, total, 0.0))
-            finish(first, heads)
+            pl.when(part == p.ranges - 1)(lone_query) if p.ranges > 1 else lone_query()
 
         @pl.when(jnp.max(bad) > 0)
         def _() -> None:
             def again(i: Array, _: None) -> None:
-                first = pl.multiple_of(first_query + i * p.query_chunk, LANES)
-                finish(first, [attend_carefully(queries(first, u), u) for u in range(p.together)])
+                first = pl.multiple_of(first_query + i * LANES, LANES)
+                for tile in range(p.tiles):
+                    places = [(tile, u) for u in range(p.together)]
+                    finish(first, tile, [attend_carefully(queries(first, LANES, x), x) for x in places])
 
-            jax.lax.fori_loop(0, p.chunks, again, None)
+            jax.lax.fori_loop(0, p.columns // LANES, again, None)
 
     run_heads(p, compute, [output])
 
@@ -355,7 +414,7 @@ def run_heads(plan: Plan, compute: Callable[[], None], outputs: list[Output]) ->
 def specs(plan: Plan) -> tuple[list[Spec], Spec, Spec]:
     """Blocks of an input [B, S, N*D], of an output like it, and of statistics [B, N, S]."""
     p = plan
-    block, last = (1, p.rows, p.lanes), pl.cdiv(p.heads * p.head_dim, LANES) - 1
+    block, last = (1, p.rows, p.tiles * p.lanes), pl.cdiv(p.heads * p.head_dim, LANES) - 1
     statistics = Spec((1, p.heads, pl.cdiv(p.rows, LANES) * LANES), lambda b, n, _: (b, 0, 0))
     if not p.loose:
         whole = Spec(block, lambda b, n, _: (b, 0, n))
@@ -371,7 +430,7 @@ def specs(plan: Plan) -> tuple[list[Spec], Spec, Spec]:
 
 def grid(plan: Plan) -> tuple[int, int, int]:
     # The step after the last loose head writes the tile that that head may have left unfinished.
-    steps = plan.heads + 1 if plan.loose else plan.heads * plan.head_dim // plan.lanes
+    steps = plan.heads + 1 if plan.loose else plan.heads * plan.head_dim // (plan.tiles * plan.lanes)
     return plan.batch, steps, plan.ranges
 
 
@@ -381,16 +440,16 @@ def flat(plan: Plan, *arrays: Array) -> list[Array]:
 
 def forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
     """q, k, v [B, S, N, D] -> the output [B, S, N, D] and the logarithms of the rows' sums, float32[B, N, S]."""
-    p = make_plan(q, 1, tuning.cuts(tuning.JOINT_FORWARD))
+    p = make_plan(q, 1, 1, tuning.cuts(tuning.JOINT_FORWARD))
     inputs, output, statistics = specs(p)
-    scratch = [pltpu.VMEM((p.lanes, p.keys), q.dtype)]
+    width = p.tiles * p.lanes
+    scratch = [pltpu.VMEM((width, p.keys), q.dtype), pltpu.VMEM((width, LANES), jnp.float32)]
     if p.loose:
-        scratch += [pltpu.VMEM((p.rows, LANES), q.dtype)] * 2
-    width = p.heads * p.head_dim
+        scratch += [pltpu.VMEM((p.rows, LANES), q.dtype), pltpu.VMEM((2, p.rows, LANES), q.dtype)]
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan=p, factor=scale * LOG2E),
         out_shape=(
-            jax.ShapeDtypeStruct((p.batch, p.tokens, width), q.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.tokens, p.heads * p.head_dim), q.dtype),
             jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32),
         ),
         grid=grid(p),

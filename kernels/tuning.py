@@ -39,7 +39,7 @@ def joint_backward_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     blocks = 2 * size * array * (13 if loose else 8)
     statistics = 2 * 4 * rows * -(-heads // 8) * 8
     # K transposed and the sums of dk and dv; loose keys, values, unfinished tiles; three chunks of scores, which spill.
-    scratch = array * (size + 8) + (5 * size * array if loose else 0) + 3 * 4 * 512 * 512
+    scratch = array * (size + 8) + (8 * size * array if loose else 0) + 3 * 4 * 512 * 512
     return blocks + statistics + scratch
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -76,3 +79,78 @@ def test_kernels_in_the_interpreter(batch: int, tokens: int, heads: int, head_di
     np.testing.assert_allclose(out, wanted, atol=tolerance)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=tolerance * max(1.0, float(np.abs(want).max())))
+
+
+@pytest.mark.parametrize("head_dim", [64, 88])
+def test_large_scores_take_the_maximum(head_dim: int) -> None:
+    """exp of these scores overflows: the rows are worked on again with their maxima subtracted."""
+    q, k, v, _ = inputs(1, 257, 2, head_dim, "float32")
+    arrays = [q * 100, k, v]
+    wanted = space_time_attention(*arrays, frames=1, implementation="reference")
+    with pltpu.force_tpu_interpret_mode(interpreter()):
+        out = space_time_attention(*arrays, frames=1, implementation="pallas_tpu")
+        small = space_time_attention(q - 30, k - 30, v, frames=1, implementation="pallas_tpu", scale=-1.0)
+    np.testing.assert_allclose(out, wanted, atol=2e-5)
+    wanted = space_time_attention(q - 30, k - 30, v, frames=1, implementation="reference", scale=-1.0)
+    np.testing.assert_allclose(small, wanted, atol=1e-2)  # float32 rounds scores of 57,600 to 0.004
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_numbers_give_nan(bad: float) -> None:
+    q, k, v, weight = inputs(1, 130, 2, 64, "float32")
+    broken = k.at[0, 3, 1].set(bad)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return space_time_attention(q, k, v, frames=1, class_tokens=0, implementation="pallas_tpu")
+
+    with pltpu.force_tpu_interpret_mode(interpreter()):
+        out, pull = jax.vjp(run, q, broken, v)
+        gradients = pull(weight)
+    assert jnp.isnan(out[0, :, 1]).all()
+    assert all(jnp.isnan(x[0, :, 1]).all() for x in gradients[:2])
+
+
+def test_named_implementations_run_or_raise() -> None:
+    q = jnp.zeros((1, 9, 2, 64))
+
+    def attend_as(implementation: str, x: jax.Array = q, mode: str = "joint") -> jax.Array:
+        return space_time_attention(x, x, x, frames=2, mode=mode, implementation=implementation)
+
+    for implementation, x, mode, words in [
+        ("pallas_tpu", q[..., :7], "joint", "head dims"),
+        ("pallas_tpu", q.astype(jnp.float16), "joint", "bfloat16 and float32"),
+        ("pallas_tpu", jnp.zeros((1, 200_001, 2, 64)), "joint", "MiB"),
+        ("cudnn", q, "joint", "bfloat16 and float16"),
+        ("cudnn", q.astype(jnp.bfloat16), "space", "'joint'"),
+        ("pallas_gpu", q, "joint", "not built"),
+    ]:
+        with pytest.raises(NotImplementedError, match=words):
+            jax.eval_shape(lambda x=x, i=implementation, m=mode: attend_as(i, x, m))
+    jax.eval_shape(lambda: attend_as("pallas_tpu"))  # traces anywhere
+    with pytest.raises(ValueError, match="interpret"):
+        jax.jit(lambda: attend_as("pallas_tpu")).lower()  # and is refused when lowered for something else
+
+
+SHAPES = {  # B, S, N, D, dtype, class tokens
+    "v5e": [(8, 1025, 16, 64, "bfloat16", 1), (8, 2048, 16, 64, "bfloat16", 0), (8, 785, 12, 64, "float32", 1)],
+    "v6e": [(8, 1025, 16, 88, "bfloat16", 1), (8, 785, 16, 72, "bfloat16", 1)],
+    "v5p": [(8, 785, 12, 64, "bfloat16", 1), (2, 1025, 16, 104, "bfloat16", 1), (2, 256, 8, 256, "bfloat16", 0)],
+}
+
+
+@pytest.mark.parametrize("chip", SHAPES)
+def test_kernels_compile_for_chips_that_are_not_here(chip: str) -> None:
+    pytest.importorskip("libtpu")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.tpu_aot", chip, json.dumps(SHAPES[chip])],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    programs = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(programs) == len(SHAPES[chip])
+    for program, shape in zip(programs, SHAPES[chip], strict=True):
+        assert program["kernels"] == ["joint_attention_backward", "joint_attention_forward"], shape
