@@ -35,21 +35,26 @@ from .grouped_tpu_tiles import (
     Plan,
     Ref,
     ceil_to,
+    close_blocks,
     columns,
     first_row,
     head_lanes,
     load_tile,
     make_plan,
+    open_blocks,
     own_lanes,
-    stage_in,
-    stage_out,
     store_tile,
+    take,
     tokens_mask,
     write_mask,
 )
 
 LOG2_E = 1.4426950408889634
-VMEM_BYTES = 112 * 2**20  # of 128 MiB on v5e and v6e
+# Sizes of a loop step, by simulation: longer steps hide more of each unit's length, too long ones spill registers.
+FORWARD_UNITS = 32
+BACKWARD_UNIT_ROWS = 4096
+LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
+VMEM_SLACK_BYTES = 8 * 2**20  # what the compiler keeps for itself: spilled registers, its own scratch
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 
@@ -82,9 +87,9 @@ def _units(plan: Plan, tile: Any) -> list[Any]:
     ]
 
 
-def _unroll(plan: Plan) -> int:
-    """Tiles of one loop step: enough units to hide how long each takes, within what compiles soon."""
-    wanted = max(1, 32 // len(_units(plan, None)))
+def _unroll(plan: Plan, units: int) -> int:
+    """Tiles of one loop step: about that many units, enough to hide how long each takes, within what compiles soon."""
+    wanted = max(1, units // len(_units(plan, None)))
     return max(n for n in range(1, wanted + 1) if plan.tiles % n == 0)
 
 
@@ -96,42 +101,12 @@ def _feature_rows(plan: Plan, transposed: Array, head: int) -> tuple[Array, slic
     return transposed[first:last], slice(own.start - first, own.stop - first)
 
 
-def _loop(plan: Plan, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """body(tiles, carry) over all tiles, some at a time."""
-    unroll = _unroll(plan)
+def _loop(plan: Plan, units: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """body(tiles, carry) over all tiles, about `units` at a time."""
+    unroll = _unroll(plan, units)
     return jax.lax.fori_loop(
         0, plan.tiles // unroll, lambda i, carry: body([i * unroll + n for n in range(unroll)], carry), carry
     )
-
-
-def _take(refs: list[Ref], count: int) -> list[Ref]:
-    taken, refs[:] = refs[:count], refs[count:]
-    return taken
-
-
-def _open(plan: Plan, inputs: list[Ref], outputs: list[Ref], refs: list[Ref]) -> tuple[list[Ref], list[Ref], Any]:
-    """Inputs and outputs as tiles are read and written, and the inputs' class tokens [1, lanes]; scratch is taken."""
-    inputs, outputs = [ref.at[0] for ref in inputs], [ref.at[0] for ref in outputs]
-    last = slice(plan.tokens - 1, plan.tokens)
-    if not plan.staged:
-        return inputs, outputs, [ref[last, :] for ref in inputs] if plan.class_tokens else None
-    (wide,) = _take(refs, 1)
-    staged, classes = _take(refs, len(inputs)), []
-    for ref, target in zip(inputs, staged):
-        stage_in(plan, ref, wide, target)
-        if plan.class_tokens:
-            classes.append(wide[last, :].astype(plan.dtype))
-    return staged, _take(refs, len(outputs)), classes
-
-
-def _close(plan: Plan, written: list[Ref], outputs: list[Ref], wide: Ref, class_rows: Sequence[Array | None]) -> None:
-    """What `_open` began, undone for the outputs; class_rows are float32[1, lanes]."""
-    for source, output, row in zip(written, outputs, class_rows):
-        target = output.at[0]
-        if plan.staged:
-            stage_out(plan, source, wide, target, row)
-        elif row is not None:
-            target[plan.tokens - 1 : plan.tokens, :] = row.astype(plan.dtype)
 
 
 def _softmax(plan: Plan, logits: Array, mask: Ref | None, first: int) -> tuple[Array, Array | None, Array, Array]:
@@ -160,12 +135,13 @@ def _class_logits(plan: Plan, rows: Array, k: Array, tile: Any) -> Array:
 
 def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
     refs = list(all_refs)
-    inputs, outputs, (lse_ref,) = _take(refs, 3), _take(refs, 1), _take(refs, 1)
-    class_lse_ref = _take(refs, 1)[0] if plan.class_tokens else None
-    mask = _take(refs, 1)[0] if plan.masked else None
-    logits_ref, v_column = _take(refs, 2) if plan.class_tokens else (None, None)
+    inputs, outputs, (lse_ref,) = take(refs, 3), take(refs, 1), take(refs, 1)
+    class_lse_ref: Ref = take(refs, 1)[0] if plan.class_tokens else None
+    mask: Ref = take(refs, 1)[0] if plan.masked else None
+    class_scratch: list[Ref] = take(refs, 2) if plan.class_tokens else [None] * 2
+    logits_ref, v_column = class_scratch
     wide = refs[0] if plan.staged else None
-    (q_ref, k_ref, v_ref), written, classes = _open(plan, inputs, outputs, refs)
+    (q_ref, k_ref, v_ref), written, classes = open_blocks(plan, inputs, outputs, refs)
     factor = plan.scale * LOG2_E
     if mask is not None:
         write_mask(plan, mask)
@@ -184,7 +160,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
                 top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
             return top
 
-        class_top = _loop(plan, class_logits, to_itself)
+        class_top = _loop(plan, FORWARD_UNITS, class_logits, to_itself)
         own = jnp.exp2((to_itself - class_top) * factor)
         carry = own, own * own_lanes(plan, v_class)
 
@@ -219,7 +195,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
         for tile in tiles:
             carry, tensors = read(tile, carry)
             units += _units(plan, tensors)
-        results = _pipeline(units, (logits, softmax, output), (max(2, 1024 // plan.rows), 2))
+        results = _pipeline(units, (logits, softmax, output), (max(2, 1536 // plan.rows), 2))
         for tile in tiles:
             out = []
             for first in range(0, plan.rows, LANES):
@@ -229,22 +205,23 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
             store_tile(plan, written[0], tile, jnp.concatenate(out, axis=0))
         return carry
 
-    carry = _loop(plan, step, carry)
+    carry = _loop(plan, FORWARD_UNITS, step, carry)
     row = None
     if classes:
         total, out = carry
         row = jnp.sum(own_lanes(plan, out * (1 / total)), axis=0, keepdims=True)
         class_lse_ref[0, 0] = jnp.broadcast_to(class_top * plan.scale + jnp.log(total), (CLASS_ROWS, LANES))
-    _close(plan, written, outputs, wide, [row])
+    close_blocks(plan, written, outputs, wide, [row])
 
 
 def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
     refs = list(all_refs)
-    inputs, outputs = _take(refs, 4), _take(refs, 3)
-    mask = _take(refs, 1)[0] if plan.masked else None
-    logits_ref, dp_ref, q_column, k_column, do_column = _take(refs, 5) if plan.class_tokens else [None] * 5
+    inputs, outputs = take(refs, 4), take(refs, 3)
+    mask: Ref = take(refs, 1)[0] if plan.masked else None
+    class_scratch: list[Ref] = take(refs, 5) if plan.class_tokens else [None] * 5
+    logits_ref, dp_ref, q_column, k_column, do_column = class_scratch
     wide = refs[0] if plan.staged else None
-    (q_ref, k_ref, v_ref, do_ref), written, classes = _open(plan, inputs, outputs, refs)
+    (q_ref, k_ref, v_ref, do_ref), written, classes = open_blocks(plan, inputs, outputs, refs)
     factor = plan.scale * LOG2_E
     if mask is not None:
         write_mask(plan, mask)
@@ -272,9 +249,9 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
                 sums = total, sums[1] + jnp.sum(weights * dp_ref[tile], axis=1, keepdims=True)
             return sums
 
-        class_top = _loop(plan, class_logits, to_itself)
+        class_top = _loop(plan, FORWARD_UNITS, class_logits, to_itself)
         own = jnp.exp2((to_itself - class_top) * factor)
-        class_total, class_delta = _loop(plan, class_sums, (own, own * dp_itself))
+        class_total, class_delta = _loop(plan, FORWARD_UNITS, class_sums, (own, own * dp_itself))
         class_inverse = 1 / class_total
         class_delta = class_delta * class_inverse
         own = own * class_inverse
@@ -330,7 +307,9 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
 
     def finish(tile: Any, tensors: Any, results: list[Any], carry: Any) -> Any:
         (q, _, _, do), _, by_class = tensors
-        dq, dk, dv = [], [0.0] * plan.heads, [0.0] * plan.heads
+        dq: list[Array] = []
+        dk: list[Any] = [0.0] * plan.heads
+        dv: list[Any] = [0.0] * plan.heads
         for first in range(0, plan.rows, LANES):
             here, results = results[: plan.heads], results[plan.heads :]
             dq.append(jnp.concatenate([x[0] for x in here], axis=0).astype(plan.dtype).T)
@@ -367,17 +346,25 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
             carry, read_tile = read(tile, carry)
             tensors.append(read_tile)
             units += _units(plan, read_tile)
-        results = _pipeline(units, (logits, softmax, gradients), (max(1, 512 // plan.rows), 1))
+        results = _pipeline(units, (logits, softmax, gradients), (max(1, 640 // plan.rows), max(1, 256 // plan.rows)))
         per_tile = len(units) // len(tiles)
         for n, tile in enumerate(tiles):
             carry = finish(tile, tensors[n], results[n * per_tile : (n + 1) * per_tile], carry)
         return carry
 
-    carry = _loop(plan, step, carry)
+    carry = _loop(plan, BACKWARD_UNIT_ROWS // plan.rows, step, carry)
     rows: list[Array | None] = [None] * 3
     if classes:
         rows = [jnp.sum(own_lanes(plan, x), axis=0, keepdims=True) for x in carry]
-    _close(plan, written, outputs, wide, rows)
+    close_blocks(plan, written, outputs, wide, rows)
+
+
+def _vmem_bytes() -> int:
+    """Of the chip the program is made for, where that is known: not when lowering for a TPU from elsewhere."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return LEAST_VMEM_BYTES
 
 
 def _call(
@@ -387,7 +374,6 @@ def _call(
     batch, tokens, heads, head_dim = inputs[0].shape
     features, blocks = heads * head_dim, heads * head_dim // plan.lanes
     whole_count = 1 if extra_outputs else 3
-    block = pl.BlockSpec((1, tokens, plan.lanes), lambda b, j: (b, 0, j))
     scratch: list[tuple[tuple[int, ...], Any]] = []
     if plan.masked:
         scratch.append(((plan.rows, plan.rows), jnp.float32))
@@ -406,13 +392,19 @@ def _call(
             size *= n
         return size
 
-    used = 2 * (len(inputs) + whole_count) * size((tokens, plan.lanes), plan.dtype)
-    used += sum(2 * size(shape, jnp.float32) for shape in extra_outputs) + sum(size(*x) for x in scratch)
-    if used > VMEM_BYTES:
+    one_buffer = (len(inputs) + whole_count) * size((tokens, plan.lanes), plan.dtype)
+    used = sum(2 * size(shape, jnp.float32) for shape in extra_outputs) + sum(size(*x) for x in scratch)
+    available = _vmem_bytes() - VMEM_SLACK_BYTES
+    # Two buffers let the next block arrive while this one is computed; one is better than no kernel.
+    buffers = 2 if used + 2 * one_buffer <= available else 1
+    used += buffers * one_buffer
+    if used > available:
         raise NotImplementedError(
             f"the TPU kernel of {mode!r} holds all tokens of a clip in VMEM: {tokens} tokens of {plan.lanes} features "
-            f"need {used / 2**20:.0f} MiB, more than {VMEM_BYTES / 2**20:.0f}"
+            f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
         )
+    pipelined = None if buffers == 2 else pl.Buffered(1)
+    block = pl.BlockSpec((1, tokens, plan.lanes), lambda b, j: (b, 0, j), pipeline_mode=pipelined)
 
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *shape), lambda b, j: (b, j, *[0] * len(shape)))
@@ -426,7 +418,7 @@ def _call(
         + [jax.ShapeDtypeStruct((batch, blocks, *shape), jnp.float32) for shape in extra_outputs],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=used + 12 * 2**20
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=used + VMEM_SLACK_BYTES
         ),
         name=f"{mode}_attention_{'forward' if whole_count == 1 else 'backward'}",
     )(*(x.reshape(batch, tokens, features) for x in inputs))
@@ -436,7 +428,7 @@ def _lse(plan: Plan, tiles: Array, of_class: Array | None, heads: int) -> Array:
     """From the kernel's order, [B, blocks, tiles, heads of a block, rows], to float32[B, N, S]."""
     batch = tiles.shape[0]
     lse = tiles.swapaxes(2, 3).reshape(batch, heads, plan.tiles, plan.rows)
-    if plan.pieces > 1:
+    if plan.across:
         lse = lse.reshape(batch, heads, plan.tiles, plan.pieces, plan.step).swapaxes(2, 3)
     lse = lse.reshape(batch, heads, plan.runs_stored, plan.run_stored)[:, :, : plan.runs, : plan.run]
     if plan.places_are_runs:

@@ -13,6 +13,7 @@ Runs that do not start at whole register tiles, and places that must become runs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head h sees it
+MOST_FRAMES_ACROSS = 16  # above, logits between places that a mask throws away cost more than moving the places
 MASKED = -1e30  # added to a logit; finite, so that NaN and infinity of a logit stay visible
 
 Ref = Any
@@ -49,7 +51,8 @@ class Plan:
     run_stored: int  # rows that a run occupies; more than `run` only where runs are staged
     runs_stored: int
     step: int  # rows that a tile takes from each of its pieces
-    pieces: int  # runs that a tile takes rows of: 1 (whole runs), or all
+    places_are_runs: bool  # else frames are
+    across: bool  # whether groups run across runs; then a tile takes rows of all of them
     staged: bool
 
     @property
@@ -60,6 +63,11 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.frames * self.patches + self.class_tokens
+
+    @property
+    def pieces(self) -> int:
+        """Stretches of rows that make a tile."""
+        return self.runs if self.across else 1
 
     @property
     def rows(self) -> int:
@@ -75,14 +83,10 @@ class Plan:
         return self.rows_stored // self.rows
 
     @property
-    def places_are_runs(self) -> bool:
-        return self.runs != self.frames or (self.pieces == 1 and self.run != self.patches)
-
-    @property
     def masked(self) -> bool:
         """Whether a tile holds keys that some query of it must not see."""
-        if self.pieces > 1:
-            return self.step > 1
+        if self.across:
+            return True
         return self.step > self.run_stored or self.run < self.run_stored
 
     def window(self, head: int) -> slice:
@@ -99,6 +103,8 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
     _, tokens, heads, head_dim = shape
     if head_dim % 8:
         raise NotImplementedError(f"the TPU kernel of {mode!r} needs head dims that 8 divides, not {head_dim}")
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the TPU kernel of {mode!r} takes bfloat16 and float32, not {dtype}")
     lanes = math.lcm(head_dim, LANES)
     if heads * head_dim % lanes:
         lanes = heads * head_dim
@@ -109,26 +115,23 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
         )
     sublanes = 32 // jnp.dtype(dtype).itemsize
     patches = (tokens - class_tokens) // frames
-    across = mode == "time" and frames <= 16
-    runs, run = (patches, frames) if mode == "time" and not across else (frames, patches)
-    staged = bool(run % sublanes) or run != patches
-    run_stored = ceil_to(run, 16) if staged else run
-    runs_stored = runs
+    across = mode == "time" and frames <= MOST_FRAMES_ACROSS
+    places_are_runs = mode == "time" and not across
+    runs, run = (patches, frames) if places_are_runs else (frames, patches)
+    staged = places_are_runs or run % sublanes != 0
     if across:
-        pieces = frames
         step = 16 * max(1, LANES // (16 * frames))
-        step = math.gcd(step, run_stored)
+        run_stored = ceil_to(run, step) if staged else run
+        step, runs_stored = math.gcd(step, run_stored), runs
     else:
-        pieces = 1
+        run_stored = ceil_to(run, 16) if staged else run
         together = max(1, LANES // run_stored)
-        if staged:
-            runs_stored = ceil_to(runs, together)
-        else:
+        if not staged:
             together = math.gcd(together, runs)
-        step = together * run_stored
+        step, runs_stored = together * run_stored, ceil_to(runs, together)
     return Plan(
         frames, patches, class_tokens, scale, head_dim, lanes, jnp.dtype(dtype),
-        runs, run, run_stored, runs_stored, step, pieces, staged,
+        runs, run, run_stored, runs_stored, step, places_are_runs, across, staged,
     )  # fmt: skip
 
 
@@ -151,25 +154,31 @@ def store_tile(plan: Plan, ref: Ref, tile: Array, value: Array) -> None:
         ref[_piece(plan, tile, piece), :] = value[piece * plan.step : (piece + 1) * plan.step]
 
 
+def _split(index: Array, length: int) -> tuple[Array, Array]:
+    """Quotient and remainder of an index that is not negative; `//` asks for the device, which may not be there."""
+    return jax.lax.div(index, jnp.int32(length)), jax.lax.rem(index, jnp.int32(length))
+
+
 def write_mask(plan: Plan, ref: Ref) -> None:
     """float32[rows, rows]: what is added to a tile's logits, [keys, queries]."""
     shape = (plan.rows, plan.rows)
     key, query = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    if plan.pieces > 1:
-        seen = key % plan.step == query % plan.step
+    if plan.across:
+        seen = _split(key, plan.step)[1] == _split(query, plan.step)[1]
     else:
-        seen = (key // plan.run_stored == query // plan.run_stored) & (key % plan.run_stored < plan.run)
+        (key_run, key), (query_run, _) = _split(key, plan.run_stored), _split(query, plan.run_stored)
+        seen = (key_run == query_run) & (key < plan.run)
     ref[...] = jnp.where(seen, 0.0, MASKED)
 
 
 def tokens_mask(plan: Plan, tile: Array) -> Array:
     """float32[1, rows]: what is added to the class token's logits with a tile, whose last rows may be no tokens."""
     row = jax.lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1)
-    if plan.pieces > 1:
-        real = tile * plan.step + row % plan.step < plan.run
+    if plan.across:
+        real = tile * plan.step + _split(row, plan.step)[1] < plan.run
     else:
-        run = tile * (plan.step // plan.run_stored) + row // plan.run_stored
-        real = (row % plan.run_stored < plan.run) & (run < plan.runs)
+        run, row = _split(row, plan.run_stored)
+        real = (row < plan.run) & (tile * (plan.step // plan.run_stored) + run < plan.runs)
     return jnp.where(real, 0.0, MASKED)
 
 
@@ -280,3 +289,38 @@ def stage_out(plan: Plan, staged: Ref, wide: Ref, ref: Ref, class_row: Array | N
     if class_row is not None:
         wide[plan.tokens - 1 : plan.tokens, :] = class_row
     _copy(wide, ref, plan.tokens)
+
+
+# --- a kernel's references, from beginning to end
+
+
+def take(refs: list[Ref], count: int) -> list[Ref]:
+    taken, refs[:] = refs[:count], refs[count:]
+    return taken
+
+
+def open_blocks(plan: Plan, inputs: list[Ref], outputs: list[Ref], refs: list[Ref]) -> tuple[list[Ref], list[Ref], Any]:
+    """Inputs and outputs as tiles are read and written, and the inputs' class tokens [1, lanes]; scratch is taken."""
+    inputs, outputs = [ref.at[0] for ref in inputs], [ref.at[0] for ref in outputs]
+    last = slice(plan.tokens - 1, plan.tokens)
+    if not plan.staged:
+        return inputs, outputs, [ref[last, :] for ref in inputs] if plan.class_tokens else None
+    (wide,) = take(refs, 1)
+    staged, classes = take(refs, len(inputs)), []
+    for ref, target in zip(inputs, staged):
+        stage_in(plan, ref, wide, target)
+        if plan.class_tokens:
+            classes.append(wide[last, :].astype(plan.dtype))
+    return staged, take(refs, len(outputs)), classes
+
+
+def close_blocks(
+    plan: Plan, written: list[Ref], outputs: list[Ref], wide: Ref, class_rows: Sequence[Array | None]
+) -> None:
+    """What `open_blocks` began, undone for the outputs; class_rows are float32[1, lanes]."""
+    for source, output, row in zip(written, outputs, class_rows):
+        target = output.at[0]
+        if plan.staged:
+            stage_out(plan, source, wide, target, row)
+        elif row is not None:
+            target[plan.tokens - 1 : plan.tokens, :] = row.astype(plan.dtype)
