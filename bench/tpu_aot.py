@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.common import ROOT, append_rows, environment, package_versions, progress
 from bench.tpu_dumps import EstimateError
-from bench.tpu_static import CHIPS, Estimate, Mode, estimate
+from bench.tpu_static import CHIPS, Estimate, Mode, estimate, libtpu_version
 
 NOTHING_MEASURED = (
     "Nothing here was measured on a TPU: these are estimates by libtpu's compiler and its static simulator."
@@ -30,7 +30,6 @@ ANCHORS = ROOT / "build" / "bench" / "anchors"  # environment of the public kern
 SETUP = "python -m bench.tpu_aot --setup"
 RECORD = ROOT / "tests" / "tpu_cycles.json"
 SIMULATED_CHIPS = [name for name, chip in CHIPS.items() if chip.simulated]
-COMPILERS = ("jax", "jaxlib", "libtpu")
 RING_CHIPS = 16
 MODES = {
     "simulate": "",
@@ -137,13 +136,17 @@ def set_up_anchors() -> None:
     print(f"ready: {anchor_versions()}")
 
 
+def compiler_versions() -> dict[str, str | None]:
+    return {**package_versions(("jax", "jaxlib")), "libtpu": libtpu_version()}
+
+
 @functools.cache
 def anchor_versions() -> dict[str, str | None]:
     """Of the packages in the public kernels' environment; empty where there is none."""
     python = ANCHORS / "bin" / "python"
     if not python.exists():
         return {}
-    names = (*COMPILERS, "tokamax")
+    names = ("jax", "jaxlib", "libtpu", "tokamax")
     code = f"import json; from bench.common import package_versions; print(json.dumps(package_versions({names!r})))"
     told = subprocess.run([python, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return json.loads(told)
@@ -154,8 +157,8 @@ def anchor_python() -> Path:
     there = anchor_versions()
     if not there:
         raise EstimateError(f"public kernels are not installed: {SETUP}")
-    here = package_versions(COMPILERS)
-    for name in COMPILERS:
+    here = compiler_versions()
+    for name in here:
         if there[name] != here[name]:
             raise EstimateError(f"public kernels have {name} {there[name]}, pyvdl {here[name]}: {SETUP}")
     return ANCHORS / "bin" / "python"
@@ -214,7 +217,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def run(cases: Sequence[Case], chips: Sequence[str], out: Path) -> None:
     """Estimates all, one at a time; prints the table, keeps rows."""
     print(NOTHING_MEASURED)
-    env = environment(COMPILERS)
+    env = environment(()) | {"packages": compiler_versions()}
     versions = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
     print(f"{versions}; tokamax {anchor_versions().get('tokamax')}. A slice of each problem is simulated.\n")
     table: list[Sequence[str]] = [HEAD]
@@ -251,7 +254,7 @@ def record(path: Path) -> None:
             progress(f"{case.name}: {cycles[case.name]} cycles")
         except EstimateError as error:
             progress(f"{case.name}: not recorded: {error}")
-    versions = package_versions(("jax", "libtpu"))
+    versions = compiler_versions()
     path.write_text(json.dumps({"chip": GATE_CHIP, **versions, "cycles": cycles}, indent=2) + "\n", encoding="utf-8")
     print(f"recorded {len(cycles)} of {len(GATE)} programs: {path}")
 

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -36,13 +37,27 @@ PATIENCE_SECONDS = 1200.0
 ROUNDING = 0.98  # of the useful flops that the MXUs must have executed: kernels may skip an edge, not more
 # Operands stay in HBM, as those of a whole problem do: XLA would move a small slice into VMEM.
 IN_HBM = "--xla_vf_vmem_memory_space_assignment=false"
-# libtpu must not look for this machine's TPU, nor take the lock that guards one.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
+LIBTPU = ROOT / "build" / "libtpu"  # where `make libtpu` puts it
+
+
+def compiler_environment(accelerator: str) -> dict[str, str]:
+    """Of a process that compiles for a TPU which is not there. libtpu reads it when it is loaded."""
+    paths = [str(LIBTPU), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        # libtpu must not look for this machine's TPU, nor take the lock that guards one.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+
+
+def libtpu_version() -> str | None:
+    """Of the libtpu that such a process loads; None where there is none."""
+    where = [str(LIBTPU), *sys.path]
+    return next((found.version for found in importlib.metadata.distributions(name="libtpu", path=where)), None)
 
 
 @dataclass(frozen=True)
@@ -277,8 +292,7 @@ class Compiled(NamedTuple):
 
 def _compile(spec: str, chip: Chip, topology: str, python: Path, part: str, flags: Sequence[str]) -> Compiled:
     """compile_here in a process of its own."""
-    environment = os.environ | ENVIRONMENT
-    environment |= {"TPU_ACCELERATOR_TYPE": chip.accelerator, "LIBTPU_INIT_ARGS": " ".join(flags)}
+    environment = compiler_environment(chip.accelerator) | {"LIBTPU_INIT_ARGS": " ".join(flags)}
     with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
         command = [str(python), "-m", "bench.tpu_static", spec, topology, part, folder]
         try:

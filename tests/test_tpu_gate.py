@@ -5,7 +5,6 @@ After a change that is meant to change them: `python -m bench.tpu_aot --record`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from typing import Any
@@ -14,24 +13,18 @@ import pytest
 
 from bench.common import ROOT
 from bench.tpu_aot import GATE, GATE_CHIP, RECORD, Case, run_case
+from bench.tpu_static import libtpu_version
 
 TOLERANCE = 0.05
 REFRESH = "python -m bench.tpu_aot --record"
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-def installed_libtpu() -> str | None:
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def test_installed_libtpu_is_the_pinned_one() -> None:
     """With another one the gate is skipped, which must not pass unnoticed."""
     pinned = re.search(r"^libtpu==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None
-    assert installed_libtpu() == pinned.group(1)
+    assert libtpu_version() == pinned.group(1)
 
 
 def test_record_names_programs_of_the_gate_only() -> None:
@@ -41,7 +34,7 @@ def test_record_names_programs_of_the_gate_only() -> None:
 
 @pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
 def test_simulated_cycles_are_those_of_the_record(case: Case) -> None:
-    libtpu = installed_libtpu()
+    libtpu = libtpu_version()
     if libtpu != RECORDED["libtpu"]:
         pytest.skip(f"recorded with libtpu {RECORDED['libtpu']}, installed is {libtpu}: {REFRESH}")
     if case.name not in RECORDED["cycles"]:
