@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import attention_cudnn, attention_tpu, attention_tpu_backward, attention_xla, reference, tuning
+from . import attention_cudnn, attention_tpu, attention_tpu_backward, attention_xla, grouped_tpu, reference, tuning
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
@@ -80,7 +80,7 @@ def space_time_attention(
         return reference.space_time_attention(q, k, v, frames=frames, mode=mode, class_tokens=class_tokens, scale=scale)
     if implementation == "pallas_gpu":
         raise NotImplementedError("space_time_attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
-    if implementation == "pallas_tpu" and (reason := _why_not_tpu(q, mode)):
+    if implementation == "pallas_tpu" and mode == "joint" and (reason := _why_not_tpu(q)):
         raise NotImplementedError(f"space_time_attention: 'pallas_tpu' {reason}; use 'xla' or None")
     if implementation == "cudnn" and (reason := attention_cudnn.refusal(q)):
         raise NotImplementedError(f"space_time_attention: 'cudnn' {reason}; use 'xla' or None")
@@ -232,10 +232,8 @@ class _Call(NamedTuple):
         return {"frames": self.frames, "mode": self.mode, "class_tokens": self.class_tokens, "scale": self.scale}
 
 
-def _why_not_tpu(q: Array, mode: str) -> str | None:
-    """The reason, in words, why the TPU kernels do not take this; None if they do."""
-    if mode != "joint":  # kernels of the other modes are to be asked here, and called in _forward and _backward
-        return f"has mode 'joint' only, not {mode!r}"
+def _why_not_tpu(q: Array) -> str | None:
+    """The reason, in words, why the TPU kernels of the joint mode do not take this; None if they do."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {q.dtype}"
     if 0 in q.shape:
@@ -253,19 +251,26 @@ def _choose(call: _Call, tpu: Rule, xla: Rule, *arrays: Array) -> tuple[Array, .
     """One rule for all platforms, so that the residuals are the same whichever a program is lowered for."""
     if call.implementation == "pallas_tpu":
         return tpu(*arrays)
-    if call.implementation == "xla" or _why_not_tpu(arrays[0], call.mode):
+    if call.implementation == "xla" or (call.mode == "joint" and _why_not_tpu(arrays[0])):
         return xla(*arrays)
-    chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
+    try:
+        chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
+    except NotImplementedError:  # a shape that the kernels of the other modes do not take, forward or backward
+        return xla(*arrays)
     return chosen
 
 
 def _forward(call: _Call, *inputs: Array) -> tuple[Array, ...]:
     tpu = functools.partial(attention_tpu.forward, scale=call.scale)
+    if call.mode != "joint":
+        tpu = functools.partial(grouped_tpu.forward, **call.grouping())
     return _choose(call, tpu, functools.partial(attention_xla.forward, **call.grouping()), *inputs)
 
 
 def _backward(call: _Call, residuals: tuple[Array, ...], do: Array) -> tuple[Array, ...]:
     tpu = functools.partial(attention_tpu_backward.backward, scale=call.scale)
+    if call.mode != "joint":
+        tpu = functools.partial(grouped_tpu.backward, **call.grouping())
     return _choose(call, tpu, functools.partial(attention_xla.backward, **call.grouping()), *residuals, do)
 
 
