@@ -90,6 +90,14 @@ def _grouped() -> Iterator[Case]:
                     yield Case(f"{name} pyvdl xla", f"bench.tpu_ops:attention({arguments},xla)", "model")
 
 
+def _language() -> Iterator[Case]:
+    for tokens in (512, 1024, 2048):
+        for what in ("fwd", "fwd+bwd"):
+            name = f"causal {what} {tokens}x64"
+            yield Case(f"{name} pyvdl", f"bench.tpu_ops:language({what},{tokens},64)")
+            yield Case(f"{name} pyvdl xla", f"bench.tpu_ops:language({what},{tokens},64,xla)", "model")
+
+
 def _contrastive() -> Iterator[Case]:
     for kind in ("softmax", "sigmoid"):
         name = f"contrastive {kind} 4096x4096x768"
@@ -104,7 +112,13 @@ def _contrastive() -> Iterator[Case]:
             )
 
 
-CASES = (Case("matrix product 4096", "bench.tpu_anchors:matmul(4096)"), *_joint(), *_grouped(), *_contrastive())
+CASES = (
+    Case("matrix product 4096", "bench.tpu_anchors:matmul(4096)"),
+    *_joint(),
+    *_grouped(),
+    *_language(),
+    *_contrastive(),
+)
 
 # What tests/test_tpu_gate.py holds against the record: the main shapes, as slices that take seconds each.
 GATE = (

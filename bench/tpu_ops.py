@@ -111,6 +111,19 @@ def attention(
     return whole_attention(core, what, tokens, head_dim, heads=heads, pairs=pairs, products=products)
 
 
+def language(what: str, tokens: int, head_dim: int, implementation: str = "pallas_tpu") -> Program:
+    """pyvdl.kernels.attention, causal, as many key heads as query heads."""
+    from pyvdl.kernels import attention
+
+    def core(q: Array, k: Array, v: Array) -> Array:
+        return attention(q, k, v, causal=True, implementation=implementation)
+
+    # Half the scores are looked at; kernels that skip by blocks do somewhat more.
+    pairs = tokens * (tokens + 1) // 2
+    products = tuple(p._replace(times=p.times / 2) for p in score_products(what, tokens, tokens, head_dim, 128))
+    return whole_attention(core, what, tokens, head_dim, heads=HEADS, pairs=pairs, products=products)
+
+
 def contrastive(kind: str, rows: int, implementation: str = "pallas_tpu") -> Program:
     """pyvdl.kernels.contrastive_loss of one chip, value and both gradients: one step of the ring."""
     return loss_program(_loss(kind, implementation, None), kind, rows)

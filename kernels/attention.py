@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import attention_cudnn, attention_tpu, attention_tpu_backward, attention_xla, grouped_tpu, reference, tuning
+from . import (
+    attention_cudnn,
+    attention_splash,
+    attention_tpu,
+    attention_tpu_backward,
+    attention_xla,
+    grouped_tpu,
+    reference,
+    tuning,
+)
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
@@ -171,20 +180,27 @@ def attention(
     }
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation in ("pallas_tpu", "pallas_gpu"):
-        raise NotImplementedError(f"attention: {implementation!r} is not built; use 'cudnn', 'xla' or None")
     if implementation == "reference":
         return reference.attention(q, k, v, **options)
-    reason = attention_cudnn.refusal_of_options(q, k, options)
-    cudnn: Callable[..., Array] = functools.partial(attention_cudnn.attention, **options)
-    if implementation == "cudnn":
-        if reason:
-            raise NotImplementedError(f"attention: 'cudnn' {reason}; use 'xla' or None")
-        return cudnn(q, k, v)
-    by_xla: Callable[..., Array] = functools.partial(_attention_xla, **options)
-    if implementation is None and not reason and attention_cudnn.is_here():
-        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=by_xla)
-    return by_xla(q, k, v)
+    if implementation == "pallas_gpu":
+        raise NotImplementedError("attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
+    branches: dict[str, Callable[..., Array]] = {"xla": functools.partial(_attention_xla, **options)}
+    for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", attention_splash)):
+        if reason := module.refusal_of_options(q, k, options):
+            if implementation == name:
+                raise NotImplementedError(f"attention: {name!r} {reason}; use 'xla' or None")
+        else:
+            branches[name] = functools.partial(module.attention, **options)
+    if implementation is not None:
+        return branches[implementation](q, k, v)
+    platforms = {"default": branches["xla"]}
+    if "cudnn" in branches and attention_cudnn.is_here():
+        platforms["cuda"] = branches["cudnn"]
+    if "pallas_tpu" in branches and queries * keys >= attention_splash.LEAST_SCORES:
+        platforms["tpu"] = branches["pallas_tpu"]
+    if len(platforms) == 1:
+        return branches["xla"](q, k, v)
+    return jax.lax.platform_dependent(q, k, v, **platforms)
 
 
 def _attention_xla(
