@@ -34,7 +34,7 @@ COLUMN_BY_ROW = (((0,), (0,)), ((), ()))  # [r, c], [r, e] -> [c, e]
 # --- sizes
 
 VMEM_LIMIT_BYTES = 60 * 2**20  # of the 64 MiB of the smallest VMEM among the chips this is for
-ROW_SCRATCH_BYTES = 6 * 2**20  # two blocks of d_video, the one in work and the one on its way
+ROW_SCRATCH_BYTES = 8 * 2**20  # two blocks of d_video, the one in work and the one on its way
 TEXT_BLOCK_BYTES = 8 * 2**20  # two blocks of text and one of d_text
 COLUMN_SCRATCH_BYTES = 12 * 2**20  # d_text of the visitors, which stays in VMEM for a whole call
 MAX_ROWS, MAX_COLUMNS = 1024, 1024  # of a tile: larger ones compile for longer and gain nothing
@@ -109,8 +109,7 @@ class Visit(NamedTuple):
 
 def _axes_of(x: Array) -> frozenset[str]:
     """The mesh axes over which x is marked as differing from device to device."""
-    kind = jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+    return frozenset(jax.typeof(x).mat.varying)
 
 
 def _alike(arrays: list[Array]) -> list[Array]:
@@ -233,7 +232,7 @@ def _call(
         rest = list(refs)
         body(*(rest.pop(0) if present else None for present in there), *rest)
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
@@ -246,7 +245,9 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.GridDimensionSemantics.ARBITRARY,) * len(grid), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
-    )(*arrays)
+    )
+    with jax.enable_x64(False):  # constants of the body must not become 64-bit numbers, which the chip lacks
+        return call(*arrays)
 
 
 # --- statistics
@@ -422,21 +423,23 @@ def gradients(
         # The first tile does not wait for what it adds to, which would have nothing to hide behind.
 
         def of_rows(n: Any, back: bool) -> Any:
-            here, there = d_rows.at[n % 2], pl.ds(n * sizes.row_block, sizes.row_block)
+            turn = jnp.int32(n % 2)
+            here, there = d_rows.at[turn], pl.ds(n * sizes.row_block, sizes.row_block)
             if back:
-                return pltpu.make_async_copy(here, d_video_out.at[there], rows_out.at[n % 2])
-            return pltpu.make_async_copy(d_video_in.at[there], here, rows_in.at[n % 2])
+                return pltpu.make_async_copy(here, d_video_out.at[there], rows_out.at[turn])
+            return pltpu.make_async_copy(d_video_in.at[there], here, rows_in.at[turn])
 
         def of_columns(n: Any, back: bool) -> Any:
             part = pl.ds(n * sizes.column_block, sizes.column_block)
             if back:
                 return pltpu.make_async_copy(d_columns.at[part], d_text_out.at[part], columns_out)
-            return pltpu.make_async_copy(d_text_in.at[part], d_columns.at[part], columns_in.at[n % 2])
+            return pltpu.make_async_copy(d_text_in.at[part], d_columns.at[part], columns_in.at[jnp.int32(n % 2)])
 
         first_tile = (i == 0) & (j == 0)
+        zero = jnp.int32(0)
         first_blocks = (
-            (d_video_in, d_rows.at[0], late_rows, rows_in.at[0]),
-            (d_text_in, d_columns.at[pl.ds(0, sizes.column_block)], late_columns, columns_in.at[0]),
+            (d_video_in, d_rows.at[zero], late_rows, rows_in.at[zero]),
+            (d_text_in, d_columns.at[pl.ds(0, sizes.column_block)], late_columns, columns_in.at[zero]),
         )
 
         @pl.when(first_tile)

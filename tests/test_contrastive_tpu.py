@@ -141,6 +141,8 @@ def test_the_platform_of_lowering_decides() -> None:
     assert "tpu_custom_call" not in lowered("cuda", None)
     assert "tpu_custom_call" not in lowered("tpu", "xla")
     assert "tpu_custom_call" not in lowered("tpu", None, "float16")
+    with jax.enable_x64(True):
+        assert "tpu_custom_call" in lowered("tpu", None)
 
 
 def test_the_tpu_kernels_trace_anywhere_and_lower_for_tpu_only() -> None:
