@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .grouped_tpu_tiles import (
     CLASS_ROWS,
     LANES,
+    STEP_UNITS,
     Plan,
     Ref,
     ceil_to,
@@ -49,10 +50,8 @@ from .grouped_tpu_tiles import (
     write_mask,
 )
 
-LOG2_E = 1.4426950408889634
-# Sizes of a loop step, by simulation: longer steps hide more of each unit's length, too long ones spill registers.
-FORWARD_UNITS = 32
-BACKWARD_UNIT_ROWS = 4096
+LOG2_E = 1.4426950408889634  # logits are kept in units of log 2: exp2 is what the hardware has
+LN_2 = 0.6931471805599453
 LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
 VMEM_SLACK_BYTES = 8 * 2**20  # what the compiler keeps for itself: spilled registers, its own scratch
 NN = (((1,), (0,)), ((), ()))
@@ -87,9 +86,9 @@ def _units(plan: Plan, tile: Any) -> list[Any]:
     ]
 
 
-def _unroll(plan: Plan, units: int) -> int:
-    """Tiles of one loop step: about that many units, enough to hide how long each takes, within what compiles soon."""
-    wanted = max(1, units // len(_units(plan, None)))
+def _unroll(plan: Plan) -> int:
+    """Tiles of one loop step: enough units to hide how long each takes, within what compiles soon."""
+    wanted = max(1, STEP_UNITS // len(_units(plan, None)))
     return max(n for n in range(1, wanted + 1) if plan.tiles % n == 0)
 
 
@@ -101,35 +100,36 @@ def _feature_rows(plan: Plan, transposed: Array, head: int) -> tuple[Array, slic
     return transposed[first:last], slice(own.start - first, own.stop - first)
 
 
-def _loop(plan: Plan, units: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """body(tiles, carry) over all tiles, about `units` at a time."""
-    unroll = _unroll(plan, units)
+def _loop(plan: Plan, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """body(tiles, carry) over all tiles, some at a time."""
+    unroll = _unroll(plan)
     return jax.lax.fori_loop(
         0, plan.tiles // unroll, lambda i, carry: body([i * unroll + n for n in range(unroll)], carry), carry
     )
 
 
 def _softmax(plan: Plan, logits: Array, mask: Ref | None, first: int) -> tuple[Array, Array | None, Array, Array]:
-    """logits [keys (and CLASS_ROWS), queries] -> exponentials, those of the class key, maxima, sums."""
-    own = None
+    """logits [keys (and CLASS_ROWS), queries] -> exponentials, the class key's, maxima (of log 2), sums."""
+    own, factor = None, plan.scale * LOG2_E
     if plan.class_tokens:
-        logits, own = logits[: plan.rows], logits[plan.rows : plan.rows + 1]
+        logits, own = logits[: plan.rows], logits[plan.rows : plan.rows + 1] * factor
+    logits = logits * factor
     if mask is not None:
         logits = logits + mask[:, first : first + logits.shape[1]]
     top = jnp.max(logits, axis=0, keepdims=True)
     if own is not None:
         top = jnp.maximum(top, own)
-    weights = jnp.exp2((logits - top) * (plan.scale * LOG2_E))
+    weights = jnp.exp2(logits - top)
     total = jnp.sum(weights, axis=0, keepdims=True)
     if own is not None:
-        own = jnp.exp2((own - top) * (plan.scale * LOG2_E))
+        own = jnp.exp2(own - top)
         total = total + own
     return weights, own, top, total
 
 
 def _class_logits(plan: Plan, rows: Array, k: Array, tile: Any) -> Array:
-    """float32[CLASS_ROWS, rows]: the class token's logits with a tile, before scaling."""
-    logits = _dot(rows, k, NT)
+    """float32[CLASS_ROWS, rows]: the class token's logits with a tile."""
+    logits = _dot(rows, k, NT) * (plan.scale * LOG2_E)
     return logits + tokens_mask(plan, tile) if plan.staged else logits
 
 
@@ -142,7 +142,6 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
     logits_ref, v_column = class_scratch
     wide = refs[0] if plan.staged else None
     (q_ref, k_ref, v_ref), written, classes = open_blocks(plan, inputs, outputs, refs)
-    factor = plan.scale * LOG2_E
     if mask is not None:
         write_mask(plan, mask)
 
@@ -151,7 +150,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
         q_class, k_class, v_class = classes
         q_rows, k_row = own_lanes(plan, q_class).astype(plan.dtype), first_row(k_class)
         v_column[...] = columns(v_class)
-        to_itself = _dot(q_rows, k_row, NT)[:, :1]
+        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2_E)
 
         def class_logits(tiles: list[Any], top: Array) -> Array:
             for tile in tiles:
@@ -160,14 +159,14 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
                 top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
             return top
 
-        class_top = _loop(plan, FORWARD_UNITS, class_logits, to_itself)
-        own = jnp.exp2((to_itself - class_top) * factor)
+        class_top = _loop(plan, class_logits, to_itself)
+        own = jnp.exp2(to_itself - class_top)
         carry = own, own * own_lanes(plan, v_class)
 
     def read(tile: Any, carry: Any) -> tuple[Any, tuple[Array, Array, Array]]:
         q, k, v = (load_tile(plan, ref, tile) for ref in (q_ref, k_ref, v_ref))
         if classes:
-            weights = jnp.exp2((logits_ref[tile] - class_top) * factor)
+            weights = jnp.exp2(logits_ref[tile] - class_top)
             total = carry[0] + jnp.sum(weights, axis=1, keepdims=True)
             carry = total, carry[1] + _dot(weights.astype(plan.dtype), v)
             k = jnp.concatenate([k, k_row], axis=0)
@@ -188,7 +187,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
         out = _dot(values, weights)[place]
         if own is not None:
             out = out + v_column[plan.features(head), :queries] * own
-        return out * (1 / total), top * plan.scale + jnp.log(total)
+        return out * (1 / total), top * LN_2 + jnp.log(total)
 
     def step(tiles: list[Any], carry: Any) -> Any:
         units = []
@@ -205,12 +204,12 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
             store_tile(plan, written[0], tile, jnp.concatenate(out, axis=0))
         return carry
 
-    carry = _loop(plan, FORWARD_UNITS, step, carry)
+    carry = _loop(plan, step, carry)
     row = None
     if classes:
         total, out = carry
         row = jnp.sum(own_lanes(plan, out * (1 / total)), axis=0, keepdims=True)
-        class_lse_ref[0, 0] = jnp.broadcast_to(class_top * plan.scale + jnp.log(total), (CLASS_ROWS, LANES))
+        class_lse_ref[0, 0] = jnp.broadcast_to(class_top * LN_2 + jnp.log(total), (CLASS_ROWS, LANES))
     close_blocks(plan, written, outputs, wide, [row])
 
 
@@ -222,7 +221,6 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
     logits_ref, dp_ref, q_column, k_column, do_column = class_scratch
     wide = refs[0] if plan.staged else None
     (q_ref, k_ref, v_ref, do_ref), written, classes = open_blocks(plan, inputs, outputs, refs)
-    factor = plan.scale * LOG2_E
     if mask is not None:
         write_mask(plan, mask)
 
@@ -233,7 +231,8 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
         k_row, v_row = first_row(k_class), first_row(v_class)
         for column, row in ((q_column, q_class), (k_column, k_class), (do_column, do_class)):
             column[...] = columns(row)
-        to_itself, dp_itself = _dot(q_rows, k_row, NT)[:, :1], _dot(do_rows, v_row, NT)[:, :1]
+        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2_E)
+        dp_itself = _dot(do_rows, v_row, NT)[:, :1]
 
         def class_logits(tiles: list[Any], top: Array) -> Array:
             for tile in tiles:
@@ -244,14 +243,14 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
 
         def class_sums(tiles: list[Any], sums: tuple[Array, Array]) -> tuple[Array, Array]:
             for tile in tiles:
-                weights = jnp.exp2((logits_ref[tile] - class_top) * factor)
+                weights = jnp.exp2(logits_ref[tile] - class_top)
                 total = sums[0] + jnp.sum(weights, axis=1, keepdims=True)
                 sums = total, sums[1] + jnp.sum(weights * dp_ref[tile], axis=1, keepdims=True)
             return sums
 
-        class_top = _loop(plan, FORWARD_UNITS, class_logits, to_itself)
-        own = jnp.exp2((to_itself - class_top) * factor)
-        class_total, class_delta = _loop(plan, FORWARD_UNITS, class_sums, (own, own * dp_itself))
+        class_top = _loop(plan, class_logits, to_itself)
+        own = jnp.exp2(to_itself - class_top)
+        class_total, class_delta = _loop(plan, class_sums, (own, own * dp_itself))
         class_inverse = 1 / class_total
         class_delta = class_delta * class_inverse
         own = own * class_inverse
@@ -263,7 +262,7 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
         transposed = q.T, k.T, do.T
         by_class = None
         if classes:
-            weights = jnp.exp2((logits_ref[tile] - class_top) * factor) * class_inverse
+            weights = jnp.exp2(logits_ref[tile] - class_top) * class_inverse
             d_logits = weights * (dp_ref[tile] - class_delta) * plan.scale
             carry = carry[0] + _dot(d_logits.astype(plan.dtype), k), carry[1], carry[2]
             by_class = weights, d_logits
@@ -352,7 +351,7 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
             carry = finish(tile, tensors[n], results[n * per_tile : (n + 1) * per_tile], carry)
         return carry
 
-    carry = _loop(plan, BACKWARD_UNIT_ROWS // plan.rows, step, carry)
+    carry = _loop(plan, step, carry)
     rows: list[Array | None] = [None] * 3
     if classes:
         rows = [jnp.sum(own_lanes(plan, x), axis=0, keepdims=True) for x in carry]

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head h sees it
+STEP_UNITS = 32  # of one loop step, where a clip has as many; a unit is 128 queries of one head
 MOST_FRAMES_ACROSS = 16  # above, logits between places that a mask throws away cost more than moving the places
 MASKED = -1e30  # added to a logit; finite, so that NaN and infinity of a logit stay visible
 
@@ -129,6 +130,10 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
         if not staged:
             together = math.gcd(together, runs)
         step, runs_stored = together * run_stored, ceil_to(runs, together)
+    # A clip of few tiles takes more heads at a time, for the sake of loop steps that are long enough.
+    units = runs_stored * run_stored // min(LANES, step * (runs if across else 1)) * (lanes // head_dim)
+    blocks, most = heads * head_dim // lanes, min(CLASS_ROWS * head_dim // lanes, max(1, STEP_UNITS // units))
+    lanes *= max(n for n in range(1, most + 1) if blocks % n == 0)
     return Plan(
         frames, patches, class_tokens, scale, head_dim, lanes, jnp.dtype(dtype),
         runs, run, run_stored, runs_stored, step, places_are_runs, across, staged,
