@@ -56,6 +56,8 @@ def space_time_attention(
     patches at its place in all frames. In "space" and "time" patches attend to the class token too, and the class
     token to all.
 
+    XLA's partitioner knows no kernels: a program for several TPUs calls this inside `jax.shard_map`, with B or N split.
+
     Args:
         q, k, v: [B, S, N, D] of one floating type. Softmax statistics are float32.
         frames: T.
@@ -95,14 +97,18 @@ def space_time_attention(
         raise NotImplementedError(f"space_time_attention: 'cudnn' {reason}; use 'xla' or None")
     call = _Call(frames, mode, class_tokens, scale, implementation)
     cudnn: Callable[..., Array] = functools.partial(attention_cudnn.space_time, **call.grouping())
+    xla: Callable[..., Array] = functools.partial(attention_xla.space_time, **call.grouping())
     if implementation == "cudnn":
         return cudnn(q, k, v)
+    if implementation == "xla":
+        return xla(q, k, v)
+    best = xla if mode == "joint" and _why_not_tpu(q) else functools.partial(_space_time, call)
     # Groups of a few tokens fill no tile of cuDNN's: they stay with XLA.
     wide = mode == "joint" or (mode == "space" and patches // frames >= 64)
     if implementation is None and wide and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
         # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules.
-        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=functools.partial(_space_time, call))
-    return _space_time(call, q, k, v)
+        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=best)
+    return best(q, k, v)
 
 
 def attention(
@@ -242,7 +248,7 @@ class _Call(NamedTuple):
     mode: str
     class_tokens: int
     scale: float
-    implementation: str | None  # None, "xla" or "pallas_tpu"
+    implementation: str | None  # None or "pallas_tpu"
 
     def grouping(self) -> dict[str, Any]:
         return {"frames": self.frames, "mode": self.mode, "class_tokens": self.class_tokens, "scale": self.scale}
@@ -267,8 +273,6 @@ def _choose(call: _Call, tpu: Rule, xla: Rule, *arrays: Array) -> tuple[Array, .
     """One rule for all platforms, so that the residuals are the same whichever a program is lowered for."""
     if call.implementation == "pallas_tpu":
         return tpu(*arrays)
-    if call.implementation == "xla" or (call.mode == "joint" and _why_not_tpu(arrays[0])):
-        return xla(*arrays)
     try:
         chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
     except NotImplementedError:  # a shape that the kernels of the other modes do not take, forward or backward

@@ -438,6 +438,16 @@ def flat(plan: Plan, *arrays: Array) -> list[Array]:
     return [x.reshape(plan.batch, plan.tokens, plan.heads * plan.head_dim) for x in arrays]
 
 
+def shape_like(q: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An output that varies over the same mesh axes as q, which `jax.shard_map` asks of a kernel."""
+    axes: dict[str, Any] = {}
+    for name in ("manual_axis_type", "vma"):  # jax 0.12 calls it the former
+        if hasattr(jax.typeof(q), name):
+            axes = {name: getattr(jax.typeof(q), name)}
+            break
+    return jax.ShapeDtypeStruct(shape, dtype, **axes)
+
+
 def forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
     """q, k, v [B, S, N, D] -> the output [B, S, N, D] and the logarithms of the rows' sums, float32[B, N, S]."""
     p = make_plan(q, 1, 1, tuning.cuts(tuning.JOINT_FORWARD))
@@ -449,8 +459,8 @@ def forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan=p, factor=scale * LOG2E),
         out_shape=(
-            jax.ShapeDtypeStruct((p.batch, p.tokens, p.heads * p.head_dim), q.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.heads, p.tokens), jnp.float32),
+            shape_like(q, (p.batch, p.tokens, p.heads * p.head_dim), q.dtype),
+            shape_like(q, (p.batch, p.heads, p.tokens), jnp.float32),
         ),
         grid=grid(p),
         in_specs=inputs * 3,

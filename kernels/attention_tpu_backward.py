@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -35,6 +34,7 @@ from .attention_tpu import (
     pieces,
     row,
     run_heads,
+    shape_like,
     specs,
     zero_after,
 )
@@ -197,7 +197,7 @@ def backward(
     scratch += [pltpu.VMEM((2, width, LANES), jnp.float32), pltpu.VMEM((width, LANES), jnp.float32)]
     if p.loose:
         scratch += [pltpu.VMEM((p.rows, LANES), q.dtype)] * 2 + [pltpu.VMEM((2, p.rows, LANES), q.dtype)] * 3
-    shape = jax.ShapeDtypeStruct((p.batch, p.tokens, p.heads * p.head_dim), q.dtype)
+    shape = shape_like(q, (p.batch, p.tokens, p.heads * p.head_dim), q.dtype)
     gradients = pl.pallas_call(
         functools.partial(_backward_kernel, plan=p, scale=scale),
         out_shape=(shape, shape, shape),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pyvdl.kernels import space_time_attention
+from pyvdl.kernels import attention_xla, reference, space_time_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,6 +79,20 @@ def test_kernels_in_the_interpreter(batch: int, tokens: int, heads: int, head_di
     np.testing.assert_allclose(out, wanted, atol=tolerance)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=tolerance * max(1.0, float(np.abs(want).max())))
+
+
+@pytest.mark.parametrize("class_tokens", [0, 1])
+@pytest.mark.parametrize("mode", ["joint", "space", "time"])
+def test_rules_of_xla_share_the_residuals(mode: str, class_tokens: int) -> None:
+    arrays = inputs(2, 12 + class_tokens, 2, 8, "float32")
+    static = {"frames": 3, "mode": mode, "class_tokens": class_tokens, "scale": 0.3}
+    wanted, pull = jax.vjp(lambda *x: reference.space_time_attention(*x, **static), *arrays[:3])
+    out, lse = attention_xla.forward(*arrays[:3], **static)
+    assert lse.shape == (2, 2, 12 + class_tokens)
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
+    gradients = attention_xla.backward(*arrays[:3], out, lse, arrays[3], **static)
+    for got, want in zip(gradients, pull(arrays[3]), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("head_dim", [64, 88])
