@@ -53,7 +53,9 @@ from .grouped_tpu_tiles import (
 LOG2_E = 1.4426950408889634  # logits are kept in units of log 2: exp2 is what the hardware has
 LN_2 = 0.6931471805599453
 LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
-VMEM_SLACK_BYTES = 8 * 2**20  # what the compiler keeps for itself: spilled registers, its own scratch
+# What the compiler takes for itself, spilled registers above all: needed at least, and allowed where there is room.
+VMEM_SLACK_BYTES = 12 * 2**20
+VMEM_SPILL_BYTES = 24 * 2**20
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 
@@ -417,7 +419,8 @@ def _call(
         + [jax.ShapeDtypeStruct((batch, blocks, *shape), jnp.float32) for shape in extra_outputs],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=used + VMEM_SLACK_BYTES
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=min(used + VMEM_SPILL_BYTES, _vmem_bytes() - 2**20),
         ),
         name=f"{mode}_attention_{'forward' if whole_count == 1 else 'backward'}",
     )(*(x.reshape(batch, tokens, features) for x in inputs))
