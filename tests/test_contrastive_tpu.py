@@ -16,6 +16,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from bench.tpu_static import compiler_environment
 from pyvdl.kernels import contrastive_loss, contrastive_tpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,11 +314,4 @@ print("temporary bytes", temporary, "kernels", calls, "exchanges hidden", hidden
     ],
 )
 def test_compiles_for(accelerator: str, topology: str, kind: str, batch: int, dtype: str, grouped: str) -> None:
-    pytest.importorskip("libtpu")
-    environment = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    }
-    print(child(COMPILED, topology, kind, str(batch), dtype, grouped, **environment))
+    print(child(COMPILED, topology, kind, str(batch), dtype, grouped, **compiler_environment(accelerator)))

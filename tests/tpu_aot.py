@@ -1,42 +1,29 @@
 """Compiles space_time_attention ahead of time for a TPU that is not there: `python -m tests.tpu_aot v5e '[...]'`.
 
-A process of its own, since libtpu reads its environment when it is loaded. Each case is [B, S, N, D, dtype,
-class_tokens]; a line of JSON says for each the kernels found in the program and the bytes of temporaries in HBM.
+A process of its own, since libtpu reads its environment (see bench.tpu_static) when it is loaded. Each case is
+[B, S, N, D, dtype, class_tokens]; a line of JSON says for each the kernels found in the program and the bytes of
+temporaries in HBM.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import sys
 from typing import Any
 
-CHIPS = {
-    "v5e": ("v5litepod-4", "v5e:2x2"),
-    "v6e": ("v6e-4", "v6e:2x2"),
-    "v5p": ("v5p-8", "v5p:2x2x1"),
-}
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bench.tpu_static import CHIPS
+from pyvdl.kernels import space_time_attention
 
 
 def main(chip: str, cases: list[tuple[int, int, int, int, str, int]]) -> None:
-    accelerator, topology_name = CHIPS[chip]
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=accelerator,
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="true",
-    )
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from pyvdl.kernels import space_time_attention
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topologies[1])
     sharding = NamedSharding(Mesh(np.array(topology.devices)[:1], ("chip",)), PartitionSpec())
     for batch, tokens, heads, head_dim, dtype, class_tokens in cases:
         attend = functools.partial(space_time_attention, frames=1, class_tokens=class_tokens)
