@@ -91,18 +91,19 @@ def space_time_attention(
         return reference.space_time_attention(q, k, v, frames=frames, mode=mode, class_tokens=class_tokens, scale=scale)
     if implementation == "pallas_gpu":
         raise NotImplementedError("space_time_attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
-    if implementation == "pallas_tpu" and mode == "joint" and (reason := _why_not_tpu(q)):
+    call = _Call(frames, mode, class_tokens, scale, implementation)
+    if implementation == "pallas_tpu" and (reason := _why_not_tpu(call, q)):
         raise NotImplementedError(f"space_time_attention: 'pallas_tpu' {reason}; use 'xla' or None")
     if implementation == "cudnn" and (reason := attention_cudnn.refusal(q)):
         raise NotImplementedError(f"space_time_attention: 'cudnn' {reason}; use 'xla' or None")
-    call = _Call(frames, mode, class_tokens, scale, implementation)
     cudnn: Callable[..., Array] = functools.partial(attention_cudnn.space_time, **call.grouping())
     xla: Callable[..., Array] = functools.partial(attention_xla.space_time, **call.grouping())
     if implementation == "cudnn":
         return cudnn(q, k, v)
     if implementation == "xla":
         return xla(q, k, v)
-    best = xla if mode == "joint" and _why_not_tpu(q) else functools.partial(_space_time, call)
+    shared = implementation == "pallas_tpu" or not _why_not_tpu(call, q)
+    best = functools.partial(_space_time, call) if shared else xla
     # Groups of a few tokens fill no tile of cuDNN's: they stay with XLA.
     wide = mode == "joint" or (mode == "space" and patches // frames >= 64)
     if implementation is None and wide and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
@@ -254,8 +255,10 @@ class _Call(NamedTuple):
         return {"frames": self.frames, "mode": self.mode, "class_tokens": self.class_tokens, "scale": self.scale}
 
 
-def _why_not_tpu(q: Array) -> str | None:
-    """The reason, in words, why the TPU kernels of the joint mode do not take this; None if they do."""
+def _why_not_tpu(call: _Call, q: Array) -> str | None:
+    """The reason, in words, why the TPU kernels do not take this; None if they do."""
+    if 0 not in q.shape and call.mode != "joint":
+        return grouped_tpu.refusal(q.shape, q.dtype, call.frames, call.mode, call.class_tokens)
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {q.dtype}"
     if 0 in q.shape:
@@ -273,10 +276,7 @@ def _choose(call: _Call, tpu: Rule, xla: Rule, *arrays: Array) -> tuple[Array, .
     """One rule for all platforms, so that the residuals are the same whichever a program is lowered for."""
     if call.implementation == "pallas_tpu":
         return tpu(*arrays)
-    try:
-        chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
-    except NotImplementedError:  # a shape that the kernels of the other modes do not take, forward or backward
-        return xla(*arrays)
+    chosen: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla)
     return chosen
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -368,13 +368,17 @@ def _vmem_bytes() -> int:
         return LEAST_VMEM_BYTES
 
 
-def _call(
-    kernel: Any, plan: Plan, inputs: list[Array], extra_outputs: list[tuple[int, ...]], columns: int, mode: str
-) -> list[Array]:
-    """inputs [B, S, N, D]; outputs: as many of that shape as the kernel has, flat, then float32[B, blocks, *extra]."""
-    batch, tokens, heads, head_dim = inputs[0].shape
-    features, blocks = heads * head_dim, heads * head_dim // plan.lanes
-    whole_count = 1 if extra_outputs else 3
+class _Memory(NamedTuple):
+    """What a kernel holds in VMEM."""
+
+    scratch: list[tuple[tuple[int, ...], Any]]
+    buffers: int  # of each block of tokens
+    used_bytes: int
+
+
+def _memory(plan: Plan, mode: str, arrays: int, whole_count: int, extra_outputs: Any, columns: int) -> _Memory:
+    """arrays: of [B, S, N*D], whole_count of them outputs. Raises NotImplementedError where they do not fit."""
+    tokens = plan.tokens
     scratch: list[tuple[tuple[int, ...], Any]] = []
     if plan.masked:
         scratch.append(((plan.rows, plan.rows), jnp.float32))
@@ -384,7 +388,7 @@ def _call(
         scratch += [((plan.lanes, LANES), jnp.float32)] * columns
     if plan.staged:
         scratch.append(((ceil_to(tokens, 8), plan.lanes), jnp.float32))
-        scratch += [((plan.rows_stored, plan.lanes), plan.dtype)] * (len(inputs) + whole_count)
+        scratch += [((plan.rows_stored, plan.lanes), plan.dtype)] * arrays
 
     def size(shape: tuple[int, ...], dtype: Any) -> int:
         *outer, rows, lanes = shape
@@ -393,7 +397,7 @@ def _call(
             size *= n
         return size
 
-    one_buffer = (len(inputs) + whole_count) * size((tokens, plan.lanes), plan.dtype)
+    one_buffer = arrays * size((tokens, plan.lanes), plan.dtype)
     used = sum(2 * size(shape, jnp.float32) for shape in extra_outputs) + sum(size(*x) for x in scratch)
     available = _vmem_bytes() - VMEM_SLACK_BYTES
     # Two buffers let the next block arrive while this one is computed; one is better than no kernel.
@@ -404,6 +408,17 @@ def _call(
             f"the TPU kernel of {mode!r} holds all tokens of a clip in VMEM: {tokens} tokens of {plan.lanes} features "
             f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
         )
+    return _Memory(scratch, buffers, used)
+
+
+def _call(
+    kernel: Any, plan: Plan, inputs: list[Array], extra_outputs: list[tuple[int, ...]], columns: int, mode: str
+) -> list[Array]:
+    """inputs [B, S, N, D]; outputs: as many of that shape as the kernel has, flat, then float32[B, blocks, *extra]."""
+    batch, tokens, heads, head_dim = inputs[0].shape
+    features, blocks = heads * head_dim, heads * head_dim // plan.lanes
+    whole_count = 1 if extra_outputs else 3
+    scratch, buffers, used = _memory(plan, mode, len(inputs) + whole_count, whole_count, extra_outputs, columns)
     pipelined = None if buffers == 2 else pl.Buffered(1)
     block = pl.BlockSpec((1, tokens, plan.lanes), lambda b, j: (b, 0, j), pipeline_mode=pipelined)
 
@@ -439,6 +454,16 @@ def _lse(plan: Plan, tiles: Array, of_class: Array | None, heads: int) -> Array:
     if of_class is None:
         return lse
     return jnp.concatenate([lse, of_class[:, :, : plan.heads, 0].reshape(batch, heads, 1)], axis=2)
+
+
+def refusal(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_tokens: int) -> str | None:
+    """The reason, in words, why the kernels do not take q, k and v of this shape [B, S, N, D]; None if they do."""
+    try:
+        # The backward kernel holds the most.
+        _memory(make_plan(shape, dtype, frames, mode, class_tokens, 1.0), mode, 7, 3, [], 3)
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
 
 
 def forward(

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+LEAST_HEAD_DIM = 32  # below, a tile of lanes holds too many heads for one program
 CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head h sees it
 STEP_UNITS = 32  # of one loop step, where a clip has as many; a unit is 128 queries of one head
 MOST_FRAMES_ACROSS = 16  # above, logits between places that a mask throws away cost more than moving the places
@@ -102,8 +103,10 @@ class Plan:
 def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_tokens: int, scale: float) -> Plan:
     """shape is [B, S, N, D]."""
     _, tokens, heads, head_dim = shape
-    if head_dim % 8:
-        raise NotImplementedError(f"the TPU kernel of {mode!r} needs head dims that 8 divides, not {head_dim}")
+    if head_dim % 8 or head_dim < LEAST_HEAD_DIM:
+        raise NotImplementedError(
+            f"the TPU kernel of {mode!r} needs head dims that 8 divides, from {LEAST_HEAD_DIM} on, not {head_dim}"
+        )
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the TPU kernel of {mode!r} takes bfloat16 and float32, not {dtype}")
     lanes = math.lcm(head_dim, LANES)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -18,7 +16,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pyvdl.kernels import grouped_tpu_tiles, reference
+from bench.tpu_static import CHIPS, compiler_environment
+from pyvdl.kernels import grouped_tpu_tiles, reference, space_time_attention
 from pyvdl.kernels.grouped_tpu import backward, forward
 
 # mode, frames, patches, class tokens, heads, head dim, dtype
@@ -111,6 +110,26 @@ def test_what_is_no_number_stays_visible(mode: str, spoiled: str, bad: float) ->
         assert not np.isfinite(np.asarray(values)[0, tokens, 1]).all(axis=-1).any()
 
 
+@pytest.mark.parametrize("mode", ["space", "time"])
+def test_the_public_op_takes_them(mode: str) -> None:
+    q, k, v, do = (normal(seed, (1, 33, 2, 64), "float32") for seed in range(4))
+
+    def run(implementation: str) -> list[np.ndarray]:
+        def attend(*x: jax.Array) -> jax.Array:
+            return space_time_attention(*x, frames=2, mode=mode, class_tokens=1, implementation=implementation)
+
+        out, pull = jax.vjp(jax.jit(attend), q, k, v)
+        return [np.asarray(x) for x in (out, *pull(do))]
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        found = run("pallas_tpu")
+    for got, wanted in zip(found, run("reference"), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    small = jnp.zeros((1, 33, 2, 20))
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu' .* head dims"):
+        space_time_attention(small, small, small, frames=2, mode=mode, implementation="pallas_tpu")
+
+
 def test_shapes_that_are_not_taken() -> None:
     with pytest.raises(NotImplementedError, match="head dims that 8 divides"):
         forward(*[jnp.zeros((1, 8, 1, 20))] * 3, frames=2, mode="space", class_tokens=0, scale=1.0)
@@ -123,11 +142,6 @@ def test_shapes_that_are_not_taken() -> None:
 
 # --- ahead of time, at the sizes of models: what Mosaic and the TPU compiler refuse, the interpreter may take
 
-CHIPS = {
-    "v5e": ("v5e:2x2", "v5litepod-4"),
-    "v6e": ("v6e:2x2", "v6e-4"),
-    "v5p": ("v5p:2x2x1", "v5p-8"),
-}
 # mode, frames, patches, class tokens, heads, head dim, dtype, what
 COMPILED = {
     "v5e": [
@@ -174,21 +188,12 @@ CHILD = """
 """
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install 'pyvdl[tpu]'")
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", COMPILED)
 def test_compiled_ahead_of_time(chip: str) -> None:
-    topology, accelerator = CHIPS[chip]
     cases = COMPILED[chip]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    }
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps([topology, cases])],
-        env=environment,
+        [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps([CHIPS[chip].topologies[1], cases])],
+        env=compiler_environment(CHIPS[chip].accelerator),
         capture_output=True,
         text=True,
         timeout=600,
