@@ -47,7 +47,9 @@ Clip decoded_alone(const ClipRequest& request) {
   Clip clip{request, FileBytes(options.clip_bytes())};
   try {
     Converter converter;
-    sample_clip(request, options, Deadline(), converter, clip.expected.data(), nullptr, nullptr);
+    std::vector<double> times(2 * static_cast<size_t>(options.frames.num_frames));
+    double* const durations = times.data() + options.frames.num_frames;
+    sample_clip(request, options, Deadline(), converter, clip.expected.data(), times.data(), durations);
   } catch (const Error&) {
     clip.expected.clear();
   }
