@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import contrastive_tpu as kernels
+from .tuning import ContrastiveLayout, contrastive_layout
 
 
 def around(step: Any, carry: Any, visitors: list[tuple[Any, Any]], axes: tuple[str, ...], unroll: int = 1) -> Any:
@@ -62,10 +63,10 @@ def fresh(x: Any, axes: tuple[str, ...]) -> Any:
 
 def _tpu_sides(
     video: Array, text: Array, groups: Array | None, axes: tuple[str, ...]
-) -> tuple[kernels.Layout, Array, Array | None, list[tuple[Array, Array | None]]]:
+) -> tuple[ContrastiveLayout, Array, Array | None, list[tuple[Array, Array | None]]]:
     """Sizes; the rows of the device and their groups; the same of the visitors, [parts, columns, ...] a direction."""
     dtype = jnp.promote_types(video.dtype, text.dtype)
-    sizes = kernels.layout(video.shape[0], video.shape[1], dtype, split=bool(axes))
+    sizes = contrastive_layout(video.shape[0], video.shape[1], dtype, split=bool(axes))
     video, text = (kernels.padded(x.astype(dtype), sizes) for x in (video, text))
     text = text.reshape(sizes.streams, sizes.columns, sizes.width)
     row_groups = column_groups = None
@@ -77,7 +78,7 @@ def _tpu_sides(
     return sizes, video, row_groups, visitors
 
 
-def _directions(sizes: kernels.Layout) -> list[slice]:
+def _directions(sizes: ContrastiveLayout) -> list[slice]:
     half = sizes.streams // 2
     return [slice(0, half), slice(half, sizes.streams)] if half else [slice(0, 1)]
 
@@ -96,7 +97,7 @@ def _over_parts(step: Any, carry: Any, visitors: Any) -> tuple[Any, Any]:
 
 
 def _tpu_visit(
-    sizes: kernels.Layout, numbers: Array, index: int, part: Any, home: Any, running: Any, *groups: Any
+    sizes: ContrastiveLayout, numbers: Array, index: int, part: Any, home: Any, running: Any, *groups: Any
 ) -> kernels.Visit:
     first = (index * (sizes.streams // 2) + part) * sizes.columns
     places = jnp.stack([jnp.asarray(x, jnp.int32) for x in (home, first, running)])

@@ -24,66 +24,17 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, SUBLANES = 128, 8
+from .tuning import CONTRASTIVE_VMEM_BYTES, LANES, ContrastiveLayout
+
+SUBLANES = 8
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # score of a pair that does not count
 DTYPES = ("bfloat16", "float32")
 ROW_BY_COLUMN = (((1,), (1,)), ((), ()))  # [r, e], [c, e] -> [r, c]
 COLUMN_BY_ROW = (((0,), (0,)), ((), ()))  # [r, c], [r, e] -> [c, e]
 
-# --- sizes
 
-VMEM_LIMIT_BYTES = 60 * 2**20  # of the 64 MiB of the smallest VMEM among the chips this is for
-ROW_SCRATCH_BYTES = 8 * 2**20  # two blocks of d_video, the one in work and the one on its way
-TEXT_BLOCK_BYTES = 8 * 2**20  # two blocks of text and one of d_text
-COLUMN_SCRATCH_BYTES = 12 * 2**20  # d_text of the visitors, which stays in VMEM for a whole call
-MAX_ROWS, MAX_COLUMNS = 1024, 1024  # of a tile: larger ones compile for longer and gain nothing
-
-
-class Layout(NamedTuple):
-    """How a batch is padded and cut; all sizes but `batch` are multiples of 128."""
-
-    batch: int  # rows that are there
-    rows: int  # with padding
-    width: int  # E with padding
-    streams: int  # parts of the visiting rows
-    row_block: int
-    column_block: int
-    chunk: int  # columns of a tile that are worked on together
-
-    @property
-    def columns(self) -> int:
-        """Columns of one visiting part."""
-        return self.rows // self.streams
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def layout(batch: int, width: int, dtype: Any, split: bool) -> Layout:
-    """`split`: the visiting rows come in two parts, where there are enough."""
-    width = _up(width, LANES)
-    chunk = 256
-    limit_rows, limit_columns = MAX_ROWS, MAX_COLUMNS
-    if jnp.dtype(dtype) == jnp.float32:  # six passes of the MXU for one: as many instructions from a smaller tile
-        limit_rows, limit_columns, chunk = 256, 256, 128
-    limit_rows = min(limit_rows, max(ROW_SCRATCH_BYTES // (8 * width), LANES))
-    limit_columns = min(limit_columns, max(TEXT_BLOCK_BYTES // (8 * width), LANES))
-    streams = 2 if split and batch > LANES else 1
-    # Columns that do not fit are visited in more parts; a multiple of two, as the ring has two directions.
-    while _up(batch, LANES * streams) // streams * width * 4 > COLUMN_SCRATCH_BYTES:
-        streams *= 2
-    for row_block in (1024, 512, 256, 128):
-        rows = _up(batch, max(row_block, LANES * streams))
-        if row_block <= limit_rows and (8 * rows <= 9 * batch or row_block == LANES):  # little of it padding
-            break
-    row_block = math.gcd(rows, row_block)
-    column_block = next(c for c in (1024, 512, 256, 128) if c <= limit_columns and rows // streams % c == 0)
-    return Layout(batch, rows, width, streams, row_block, column_block, min(chunk, column_block))
-
-
-def padded(x: Array, sizes: Layout) -> Array:
+def padded(x: Array, sizes: ContrastiveLayout) -> Array:
     """[B, E] -> [rows, width], or [B] -> [rows]."""
     pads = [(0, sizes.rows - x.shape[0])] + [(0, sizes.width - n) for n in x.shape[1:]]
     return jnp.pad(x, pads) if any(after for _, after in pads) else x
@@ -122,7 +73,7 @@ def _alike(arrays: list[Array]) -> list[Array]:
 class _Masks(NamedTuple):
     """Which pairs of a tile are true ones, and which count. Only some tiles have any that are or do not."""
 
-    sizes: Layout
+    sizes: ContrastiveLayout
     places: Any  # int32[3] in SMEM
     row_groups: Any  # int32[row_block, 128] or None
     column_groups: Any  # int32[1, column_block] or None
@@ -172,7 +123,7 @@ def _scores(rows: Array, columns: Array) -> Array:
     )
 
 
-def _over_chunks(chunk: Callable[[Any, bool], None], sizes: Layout, masked: Any, always: bool) -> None:
+def _over_chunks(chunk: Callable[[Any, bool], None], sizes: ContrastiveLayout, masked: Any, always: bool) -> None:
     """chunk(first column, masked) for all chunks of a tile; `masked` says whether this tile needs masks.
 
     Laid out one after another, so that the MXU works on a chunk while another one is reduced; tiles that need masks
@@ -197,7 +148,7 @@ def _over_chunks(chunk: Callable[[Any, bool], None], sizes: Layout, masked: Any,
         pl.when(masked)(looped)
 
 
-def _cost(video: Array, sizes: Layout, matmuls: int, exponentials: int) -> pl.CostEstimate:
+def _cost(video: Array, sizes: ContrastiveLayout, matmuls: int, exponentials: int) -> pl.CostEstimate:
     """Of one call, so that the compiler knows how much of an exchange it hides."""
     pairs = sizes.rows * sizes.columns
     passes = 6 if video.dtype == jnp.float32 else 1  # of the MXU, whose numbers are bfloat16
@@ -243,7 +194,8 @@ def _call(
         scratch_shapes=scratch,
         cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(pltpu.GridDimensionSemantics.ARBITRARY,) * len(grid), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=(pltpu.GridDimensionSemantics.ARBITRARY,) * len(grid),
+            vmem_limit_bytes=CONTRASTIVE_VMEM_BYTES,
         ),
     )
     with jax.enable_x64(False):  # constants of the body must not become 64-bit numbers, which the chip lacks
@@ -253,7 +205,7 @@ def _call(
 # --- statistics
 
 
-def start_of_statistics(sizes: Layout, kind: str, top: Array | float = MASKED) -> tuple[Any, Any]:
+def start_of_statistics(sizes: ContrastiveLayout, kind: str, top: Array | float = MASKED) -> tuple[Any, Any]:
     """State of the rows, [rows, 128] each, and of one part of the columns, [8, columns] each.
 
     softmax: maximum so far and sum of exponentials of what is above it; sigmoid: loss / log(2), of the rows only.
@@ -279,7 +231,7 @@ def statistics(
     visit: Visit,
     rows: tuple[Array, ...],
     columns: tuple[Array, ...],
-    sizes: Layout,
+    sizes: ContrastiveLayout,
     kind: str,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """video [rows, width] and text [columns, width] taken into the state of rows and columns.
@@ -385,7 +337,7 @@ def gradients(
     column_lse: Array | None,
     d_video: Array,
     d_text: Array,
-    sizes: Layout,
+    sizes: ContrastiveLayout,
 ) -> tuple[Array, Array, Array | None]:
     """d_video [rows, width] += P @ text and d_text [columns, width] += P.T @ video, where P is the scores' derivative.
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from bench.tpu_static import CHIPS, compiler_environment
-from pyvdl.kernels import attention_xla, reference, space_time_attention
+from pyvdl.kernels import attention_xla, reference, space_time_attention, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,3 +170,38 @@ def test_kernels_compile_for_chips_that_are_not_here(chip: str) -> None:
     assert len(programs) == len(SHAPES[chip])
     for program, shape in zip(programs, SHAPES[chip], strict=True):
         assert program["kernels"] == ["joint_attention_backward", "joint_attention_forward"], shape
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    mode=st.sampled_from(["joint", "space", "time"]),
+    frames=st.integers(1, 5),
+    patches=st.integers(1, 40),
+    class_tokens=st.integers(0, 1),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([64, 72, 128]),
+)
+def test_ragged_sizes(mode: str, frames: int, patches: int, class_tokens: int, heads: int, head_dim: int) -> None:
+    q, k, v, weight = inputs(1, frames * patches + class_tokens, heads, head_dim, "float32")
+
+    def run(implementation: str) -> list[np.ndarray]:
+        def attend(*x: jax.Array) -> jax.Array:
+            return space_time_attention(
+                *x, frames=frames, mode=mode, class_tokens=class_tokens, implementation=implementation
+            )
+
+        out, pull = jax.vjp(jax.jit(attend), q, k, v)
+        return [np.asarray(x) for x in (out, *pull(weight))]
+
+    with pltpu.force_tpu_interpret_mode(interpreter()):
+        found = run("pallas_tpu")
+    for got, wanted in zip(found, run("reference"), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_cuts_can_be_overridden_for_a_search() -> None:
+    with tuning.override(queries=128, keys=256):
+        assert tuning.cuts(tuning.JOINT_FORWARD)[1:] == (128, 256)
+    assert tuning.cuts(tuning.JOINT_FORWARD) == tuning.JOINT_FORWARD[""]
+    with pytest.raises(ValueError, match=r"not \['blocks'\]"), tuning.override(blocks=3):
+        pass

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from bench.tpu_static import compiler_environment
-from pyvdl.kernels import contrastive_loss, contrastive_tpu
+from pyvdl.kernels import contrastive_loss, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,10 +42,10 @@ def arguments(kind: str, batch: int, width: int, dtype: str, scale: float = 20.0
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Several tiles each way from a few rows."""
-    monkeypatch.setattr(contrastive_tpu, "MAX_ROWS", 128)
-    monkeypatch.setattr(contrastive_tpu, "MAX_COLUMNS", 128)
+    with tuning.override(rows=128, columns=128):
+        yield
 
 
 def no_races() -> bool:
@@ -164,13 +165,13 @@ def test_types_that_the_kernels_do_not_take() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layouts_cover_the_batch(batch: int, width: int, dtype: str) -> None:
     for split in (False, True):
-        sizes = contrastive_tpu.layout(batch, width, dtype, split)
+        sizes = tuning.contrastive_layout(batch, width, dtype, split)
         assert sizes.rows >= batch
         assert sizes.width >= width
         assert sizes.rows % sizes.row_block == sizes.columns % sizes.column_block == 0
         assert sizes.column_block % sizes.chunk == 0
         assert sizes.columns * sizes.streams == sizes.rows
-        assert sizes.columns * sizes.width * 4 <= contrastive_tpu.COLUMN_SCRATCH_BYTES
+        assert sizes.columns * sizes.width * 4 <= 12 << 20
         assert sizes.rows <= 1.13 * batch + 256 * sizes.streams
 
 
@@ -182,8 +183,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec as P
-from pyvdl.kernels import contrastive_loss, contrastive_tpu
-contrastive_tpu.MAX_ROWS = contrastive_tpu.MAX_COLUMNS = 128
+from pyvdl.kernels import contrastive_loss, tuning
+tuning.CONTRASTIVE_FLOAT32 = tuning.Tiles(128, 128, 128)
 
 devices = np.array(jax.devices())
 count, kind, batch = len(devices), sys.argv[1], int(sys.argv[2])
