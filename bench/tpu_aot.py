@@ -102,6 +102,7 @@ def _contrastive() -> Iterator[Case]:
     for kind in ("softmax", "sigmoid"):
         name = f"contrastive {kind} 4096x4096x768"
         yield Case(f"{name} pyvdl", f"bench.tpu_ops:contrastive({kind},4096)")
+        yield Case(f"{name} step pyvdl", f"bench.tpu_ops:contrastive_step({kind},4096)")
         yield Case(f"{name} xla", f"bench.tpu_anchors:loss({kind},4096)", "model")
         for implementation in ("pallas_tpu", "xla"):
             yield Case(

@@ -129,6 +129,49 @@ def contrastive(kind: str, rows: int, implementation: str = "pallas_tpu") -> Pro
     return loss_program(_loss(kind, implementation, None), kind, rows)
 
 
+def contrastive_step(kind: str, rows: int) -> Program:
+    """One step of the ring between chips, value and both gradients: the kernels alone, a call for each direction.
+
+    What the op does once for all steps (norms, casts, merging) is left out, and so is the exchange beside the kernels.
+    """
+    from pyvdl.kernels import contrastive_tpu as kernels
+    from pyvdl.kernels.tuning import contrastive_layout
+
+    sizes = contrastive_layout(rows, EMBEDDING, jnp.bfloat16, split=True)
+    softmax = kind == "softmax"
+
+    def half(video: Array, text: Array, numbers: Array, places: Array, states: Any) -> Any:
+        visit = kernels.Visit(numbers, places, None, None)
+        of_rows, of_columns, row_lse, column_lse, d_video, d_text = states
+        if softmax:
+            of_rows, of_columns = kernels.statistics(video, text, visit, of_rows, of_columns, sizes, kind)
+        out = kernels.gradients(video, text, visit, row_lse, column_lse, d_video, d_text, sizes)
+        return of_rows, of_columns, out
+
+    def of(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    states = (
+        *jax.eval_shape(lambda: kernels.start_of_statistics(sizes, kind)),
+        of(sizes.rows, 128) if softmax else None,
+        of(1, sizes.columns) if softmax else None,
+        of(sizes.rows, sizes.width),
+        of(sizes.columns, sizes.width),
+    )
+    video = of(sizes.rows, sizes.width, dtype=jnp.bfloat16)
+    text = of(sizes.columns, sizes.width, dtype=jnp.bfloat16)
+    whole = loss_program(lambda *_: jnp.float32(0), kind, rows)
+    return Program(
+        fn=half,
+        args=(video, text, of(2), of(3, dtype=jnp.int32), states),
+        donated=(4,),
+        scale=sizes.streams,
+        flops=whole.flops,
+        products=whole.products,
+        hbm_bytes=whole.hbm_bytes,
+    )
+
+
 def contrastive_ring(kind: str, rows: int, chips: int, implementation: str = "pallas_tpu") -> Program:
     """The same over chips with `rows` rows each; what is told is of one chip."""
     batch = PartitionSpec("chips")

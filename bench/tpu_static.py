@@ -149,6 +149,7 @@ class Program:
     products: tuple[Product, ...] = ()  # the least matrix work that is known for the whole problem
     hbm_bytes: float = 0.0  # that the whole problem reads and writes at least
     partitions: tuple[Any, ...] | None = None  # a PartitionSpec for each argument, over the axis "chips"
+    donated: tuple[int, ...] = ()  # arguments whose memory the results take
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def compile_here(spec: str, topology: str, part: str, out: Path) -> None:
     placed = [jax.tree.map(lambda x, p=p: place(x, p), arg) for arg, p in zip(args, partitions, strict=True)]
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(program.fn).trace(*placed)
+        traced = jax.jit(program.fn, donate_argnums=program.donated).trace(*placed)
         calls = [*pallas_calls(traced.jaxpr.jaxpr)]
         if part.isdigit():
             call = calls[int(part)]
