@@ -2,21 +2,19 @@
 
 quality: "fast" in place of "exact", and how far the pictures are apart.
 keyframe: sampling="keyframe" in place of uniform.
-open: the first opening of a file beside libavformat's own reading of its header, and the opening of later clips.
+open: the first opening of a file beside libavformat's own reading of its header, and later openings of the same file.
 scaling: a batch on two threads beside one.
 memory: of a ClipLoader, for each thread, and whether it grows with the number of clips.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,7 +41,7 @@ from bench.common import (
 from bench.common import ratio as median_ratio
 from bench.contenders import SHORT_SIDE, SIZE
 from bench.convert import psnr
-from bench.corpus import CASES, FPS, Case, MissingEncoderError, make_clip
+from bench.corpus import CASES, Case, MissingEncoderError, make_clip
 from bench.decode import NUM_FRAMES, mean_timing
 from bench.natives import ROOT, load_limits
 from pyvdl import ClipLoader, ClipRequest, VideoDecoder, sample_clip
@@ -53,7 +51,6 @@ MODES = ("quality", "keyframe", "open", "scaling", "memory")
 VIEW: dict[str, Any] = {"short_side": SHORT_SIDE, "size": SIZE}
 LEAST_SECONDS = 0.1  # what is shorter is repeated and divided
 OPENINGS = 8  # of fresh copies of a file, in a round
-LATER_CLIPS = 40  # of a file, in a round
 BATCH_COPIES = 4  # of each clip in a batch
 THREADS = (1, 2)
 MEMORY_CASE = "h264-1080p"
@@ -127,34 +124,29 @@ def compare_keyframe(paths: dict[str, Path], rounds: int) -> Rows:
 def time_openings(paths: dict[str, Path], rounds: int) -> Rows:
     """CPU time: the files are in the system's cache, so that opening is work, not waiting.
 
-    The opening of a later clip stands beside the clip with one key frame that it is a part of: where that takes long, a
-    hundredth of it is all that the small difference tells.
+    A later opening is one by a decoder of its own, after others of the same file, as when a loader has had other files
+    in between: where it has not, its thread goes on with the decoder it has, and opens nothing.
     """
     limits = load_limits()
-    table = [["opening, CPU ms", "first", "header alone", "more by", "later clip", "of"]]
+    table = [["opening, CPU ms", "first", "header alone", "more by", "later"]]
     rows: Rows = []
     for case, path in paths.items():
         progress(f"open: {case}")
-        wholes: list[float] = []
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
 
-            def run(name: str, i: int, path: Path = path, folder: str = folder, wholes: list[float] = wholes) -> Timing:
+            def run(name: str, i: int, path: Path = path, folder: str = folder) -> Timing:
                 if name == "later":
-                    opening, clip = later_opening(path)
-                    wholes.append(1000 * clip.cpu_seconds)
-                    return opening
+                    return later_openings(path)
                 copy = copies(path, Path(folder), i)
-                return first_openings(copy) if name == "first" else header_readings(limits, copy)
+                return openings_of(copy) if name == "first" else header_readings(limits, copy)
 
             timings = interleave(["first", "header", "later"], run, rounds)
         milliseconds = {name: [1000 * timing.cpu_seconds for timing in taken] for name, taken in timings.items()}
         more = Spread.of([first - header for first, header in zip(milliseconds["first"], milliseconds["header"])])
         spreads = {name: Spread.of(values) for name, values in milliseconds.items()}
-        whole = Spread.of(wholes)
-        cells = [spreads["first"], spreads["header"], more, spreads["later"], whole]
+        cells = [spreads["first"], spreads["header"], more, spreads["later"]]
         table.append([case, *(f"{cell.median:.2f}" for cell in cells)])
         rows.append({"bench": "loader-open", "case": case, "first_more_ms": asdict(more)})
-        rows[-1]["key_frame_clip_ms"] = asdict(whole)
         rows[-1] |= {f"{name}_ms": asdict(spread) for name, spread in spreads.items()}
     print(f"\n{format_table(table)}")
     return rows
@@ -169,7 +161,7 @@ def copies(path: Path, folder: Path, number: int) -> list[Path]:
     return result
 
 
-def first_openings(paths: Sequence[Path]) -> Timing:
+def openings_of(paths: Sequence[Path]) -> Timing:
     timings = [measure(functools.partial(VideoDecoder, path))[1] for path in paths]
     return mean_timing(timings)
 
@@ -186,51 +178,9 @@ def header_readings(limits: ctypes.CDLL, paths: Sequence[Path]) -> Timing:
     return mean_timing(timings)
 
 
-def later_opening(path: Path) -> tuple[Timing, Timing]:
-    """What a clip of a file costs beside its frames once the loader knows the file, and a clip with one key frame.
-
-    Frames that are key frames cost the same in any clip. With the first key frame in one clip, the second in another,
-    and both in a third, the first two clips together open the file once more than the third does, and nothing else is
-    different. The three take turns, so that each difference is of neighbours; their median counts. Batches of one clip,
-    one at a time, keep clips from being decoded together.
-    """
-    second = second_key_seconds(path)
-    differences: list[Timing] = []
-    clips: list[Timing] = []
-    with contextlib.ExitStack() as stack:
-        loaders = [
-            stack.enter_context(key_frame_loader(path, start, num_frames, second))
-            for start, num_frames in ((0.0, 1), (second, 1), (0.0, 2))
-        ]
-        for i in range(LATER_CLIPS + 1):
-            one, other, both = (measure(functools.partial(take, loader, 1))[1] for loader in loaders)
-            if i > 0:  # not the opening of the file by each loader
-                clips.append(one)
-                cpu_seconds = one.cpu_seconds + other.cpu_seconds - both.cpu_seconds
-                differences.append(Timing(cpu_seconds, one.wall_seconds + other.wall_seconds - both.wall_seconds))
-    return median_timing(differences), median_timing(clips)
-
-
-def median_timing(timings: Sequence[Timing]) -> Timing:
-    return Timing(
-        statistics.median(timing.cpu_seconds for timing in timings),
-        statistics.median(timing.wall_seconds for timing in timings),
-    )
-
-
-def second_key_seconds(path: Path) -> float:
-    """When the second key frame is shown: the middle of its time, from the start."""
-    times = np.unique(sample_clip(path, num_frames=NUM_FRAMES, sampling="keyframe", **VIEW).pts_seconds)
-    if len(times) < 2:
-        raise RuntimeError(f"{path.name} has but one key frame")
-    return float(times[1] - times[0]) + 0.5 / FPS
-
-
-def key_frame_loader(path: Path, start: float, num_frames: int, step: float) -> ClipLoader:
-    """Clips with the frames shown at start, start + step, ..."""
-    requests = (ClipRequest(path, start_seconds=start, seed=0) for _ in range(LATER_CLIPS + 1))
-    options: dict[str, Any] = {"num_frames": num_frames, "sampling": "fps", "fps": 1 / step, "short_clip": "error"}
-    return ClipLoader(requests, batch_size=1, prefetch=0, **options, **VIEW)
+def later_openings(path: Path) -> Timing:
+    VideoDecoder(path)  # remembers the file
+    return openings_of([path] * OPENINGS)
 
 
 def take(loader: ClipLoader, count: int) -> None:

@@ -181,15 +181,13 @@ def test_options_are_compared_by_time_and_picture(groups: dict[str, Path], monke
 
 def test_openings_and_threads_are_timed(groups: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "OPENINGS", 2)
-    monkeypatch.setattr(loader, "LATER_CLIPS", 4)
     monkeypatch.setattr(loader, "VIEW", {"short_side": 96, "size": 96})
-    assert loader.second_key_seconds(groups["groups"]) == pytest.approx(10.5 / 30)
     (opening,) = loader.time_openings(groups, 1)
     assert opening["first_ms"]["median"] == pytest.approx(
         opening["header_ms"]["median"] + opening["first_more_ms"]["median"]
     )
     assert opening["header_ms"]["median"] > 0
-    assert "later_ms" in opening
+    assert opening["later_ms"]["median"] > 0
     (scaling,) = loader.compare_threads(groups, 1)
     assert scaling["scaling"] > 0
     assert [path.name for path in groups["groups"].parent.iterdir()] == [groups["groups"].name]  # copies are gone
