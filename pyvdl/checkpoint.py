@@ -188,7 +188,11 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
             f"{where}: unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(hints))}"
         )
     read = {
-        name: _from_dict(hints[name], value, where) if dataclasses.is_dataclass(hints[name]) else value
+        name: _from_dict(hints[name], value, where)
+        if dataclasses.is_dataclass(hints[name])
+        else tuple(value)  # which JSON calls a list
+        if isinstance(value, list)
+        else value
         for name, value in values.items()
     }
     try:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
@@ -26,8 +28,15 @@ class ViTConfig:
     depth: int = 24
     num_heads: int = 16
     mlp_dim: int = 4096
-    num_frames: int = 1  # 1: frames are encoded one by one; >1: joint space-time attention over so many frames
+    num_frames: int = 1  # 1: frames are encoded one by one; >1: attention over space and time of so many frames
+    attention: Literal["joint", "divided", "factorised"] = "joint"  # see `pyvdl.models.ViT`; of no account for 1 frame
     class_token: bool = False  # stands last in the sequence
+    activation: Activation = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    pre_norm: bool = False  # of the embedded tokens, as in CLIP
+    patch_bias: bool = True
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # subtracted from red, green, blue in [0, 1]
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # they are divided by
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
     remat: bool = False  # keep only the blocks' inputs for the backward pass and compute the rest again
 
@@ -46,6 +55,11 @@ class ViTConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.attention == "factorised" and self.num_heads % 2:
+            raise ValueError(f"factorised attention halves the heads: num_heads must be even, not {self.num_heads}")
+        _above(self, 0, "norm_epsilon")
+        if min(self.pixel_std) <= 0:
+            raise ValueError(f"pixel_std must be above 0, not {self.pixel_std}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +104,7 @@ class VLMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """CLIP's text tower: causal pre-norm transformer, pooled at the end-of-text token."""
+    """A pre-norm transformer pooled at one token: CLIP's (causal, the end of the text) or SigLIP's (the last place)."""
 
     vocab_size: int = 49408
     context_length: int = 77
@@ -98,11 +112,18 @@ class TextTowerConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
+    activation: Activation = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    causal: bool = True
+    pool: Literal["end", "last"] = "end"  # the first end id, or the last token whatever it is
+    end_id: int = 1  # of text
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "vocab_size", "width", "depth", "num_heads", "mlp_dim")
+        _at_least(self, 0, "end_id")
+        _above(self, 0, "norm_epsilon")
         _at_least(self, 2, "context_length")  # beginning and end of a text
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
@@ -110,14 +131,26 @@ class TextTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DualEncoderConfig:
-    """CLIP-like video-text encoder; `vision.num_frames` frames attend jointly over space and time."""
+    """CLIP-like or SigLIP-like video-text encoder; `vision.num_frames` frames are encoded together."""
 
     vision: ViTConfig = field(default_factory=lambda: ViTConfig(num_frames=4, class_token=True))
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     embed_dim: int = 768
+    pool: Literal["class", "mean", "map"] = "class"  # of the video's tokens; map: SigLIP's attention pooling
+    vision_projection: bool = True  # without: the pooled width is embed_dim
+    text_projection_bias: bool = False
+    kind: Literal["softmax", "sigmoid"] = "softmax"  # of the contrastive loss; sigmoid has a learned bias
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "embed_dim")
+        if self.vision.class_token != (self.pool == "class"):
+            raise ValueError(
+                f"pool {self.pool!r} with vision.class_token {self.vision.class_token}: one needs the other"
+            )
+        if not self.vision_projection and self.vision.width != self.embed_dim:
+            raise ValueError(
+                f"without vision_projection embed_dim must be vision.width = {self.vision.width}, not {self.embed_dim}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,17 +169,19 @@ def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
 
 
 def contrastive_loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Symmetric softmax contrastive loss of a dual encoder, averaged over the clips that are ok.
+    """Contrastive loss of a dual encoder, softmax or sigmoid as it is made, averaged over the clips that are ok.
 
     batch: video uint8[B, T, H, W, 3], text int32[B, L], ok bool[B], optional group int32[B] of 0 or more (clips of one
     group are no negatives of each other). A clip that is not ok is neither a positive nor a negative: see `_set_aside`.
     """
     ok = batch["ok"]
-    video, text, scale = model(batch["video"], batch["text"])
+    video, text, scale, bias = model(batch["video"], batch["text"])
     groups = batch.get("group", jnp.arange(len(ok), dtype=jnp.int32))
     video, text, groups = _set_aside(video, text, groups, ok)
     share = jnp.mean(ok, dtype=jnp.float32)
-    loss = kernels.contrastive_loss(video, text, scale, groups=groups)
+    loss = kernels.contrastive_loss(video, text, scale, bias, kind=model.config.kind, groups=groups)
+    if bias is not None:
+        loss -= (1 - share) * nnx.softplus(-bias)  # of a row set aside with itself: the logit is the bias
     loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0
     return loss, {"scale": scale, "failed_share": _failed_share(ok)}
 
@@ -192,10 +194,11 @@ def _failed_share(ok: jax.Array) -> jax.Array:
 def _set_aside(
     video: jax.Array, text: jax.Array, groups: jax.Array, ok: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Makes rows that are not ok invisible to a softmax contrastive loss, shapes unchanged but for two columns.
+    """Makes rows that are not ok invisible to a contrastive loss, shapes unchanged but for two columns.
 
     The two columns give an ok row and a bad row the logit -1024 * scale, whose exponential is 0, and leave the logits
-    of ok rows as they are. Bad rows lose their content, share one group, and so have only themselves: loss 0.
+    of ok rows as they are. Bad rows lose their content, share one group, and so have only themselves: the softmax of
+    one is no loss.
     video, text float[B, E] -> [B, E + 2] each.
     """
     far = 32.0

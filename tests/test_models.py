@@ -108,7 +108,7 @@ def test_remat_changes_nothing_but_memory() -> None:
 
 
 def test_layers_differ_at_the_start(vlm: VLM) -> None:
-    kernel = vlm.vision.blocks.blocks.qkv.kernel[...]
+    kernel = vlm.vision.blocks.blocks.mixer.qkv.kernel[...]
     assert kernel.shape == (2, 32, 96)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
 

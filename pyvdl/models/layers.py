@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from pyvdl.config import TextTowerConfig, ViTConfig
 from pyvdl.kernels import attention, space_time_attention
 
 
@@ -58,38 +60,71 @@ class Stack(nnx.Module):
         return jax.lax.scan(step, carry, (state, xs))[0]
 
 
-class Mlp(nnx.Module):
-    """Linear, tanh-approximated GELU, linear."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
+    "gelu": functools.partial(nnx.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
+    "silu": nnx.silu,
+}
 
-    def __init__(self, width: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+
+class Mlp(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, width: int, mlp_dim: int, *, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.xavier_uniform()
+        self.activation = activation
         self.up = nnx.Linear(width, mlp_dim, kernel_init=init, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
-class Block(nnx.Module):
-    """Pre-norm transformer block with fused query, key and value projection, as in ViT and CLIP."""
+class Mixer(nnx.Module):
+    """Norm and multi-head attention with a fused query, key and value projection; without the residual.
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    zero: what it adds starts at zero.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        norm_epsilon: float,
+        zero: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.num_heads = num_heads
         # By fan-in alone: a fused matrix then starts as three separate ones would.
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        self.norm_attention = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.qkv = nnx.Linear(width, 3 * width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width, mlp_dim, dtype=dtype, rngs=rngs)
+        out_init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+        self.out = nnx.Linear(width, width, kernel_init=out_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
         """x [B, S, E]; `attend` maps q, k, v [B, S, N, D] to [B, S, N, D]."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        x = x + self.out(mixed.reshape(batch, tokens, width))
-        return x + self.mlp(self.norm_mlp(x))
+        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        return self.out(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, tokens, width))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block, as in ViT and CLIP. `config`: a ViTConfig or a TextTowerConfig."""
+
+    def __init__(self, config: ViTConfig | TextTowerConfig, *, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.mixer = Mixer(config.width, config.num_heads, norm_epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config.width, config.mlp_dim, activation=config.activation, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
+        """x [B, S, E] -> the same; `attend` as in Mixer."""
+        x = x + self.mixer(x, attend)
+        return x + self.mlp(self.norm(x))
 
 
 def relative_buckets(distance: np.ndarray | Array, *, causal: bool, num_buckets: int, max_distance: int) -> Array:
@@ -151,4 +186,14 @@ class RelativeBias(nnx.Module):
         return self.table[...][bucket].T[None, :, None, :]
 
 
-__all__ = ["Block", "Mlp", "RelativeBias", "Stack", "attention", "relative_buckets", "space_time_attention"]
+__all__ = [
+    "ACTIVATIONS",
+    "Block",
+    "Mixer",
+    "Mlp",
+    "RelativeBias",
+    "Stack",
+    "attention",
+    "relative_buckets",
+    "space_time_attention",
+]
