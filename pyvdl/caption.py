@@ -25,7 +25,8 @@ from pyvdl.data import Record
 from pyvdl.generate import Samples, generate
 from pyvdl.models.vlm import VLM
 from pyvdl.sources import absolute
-from pyvdl.text import CAPTION_PROMPT, PAD_ID, WordTokenizer
+from pyvdl.text import CAPTION_PROMPT
+from pyvdl.tokenizers import Tokenizer
 from pyvdl.video import ClipLoader, ClipRequest
 
 ProgressCallback = Callable[[int, int], None]  # (done, total), called now and then
@@ -101,15 +102,15 @@ def clip_seed(record: Record, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def encode_prompts(tokenizer: WordTokenizer, prompts: Sequence[str]) -> np.ndarray:
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """int32[N, L] with L as short as the longest prompt allows: one shape for the set, whatever the batches."""
-    ids = tokenizer.encode_batch(prompts, _MAX_PROMPT_TOKENS)
-    return ids[:, : max(1, int((ids != PAD_ID).sum(1).max(initial=0)))]
+    ids = tokenizer.encode_prompts(prompts, _MAX_PROMPT_TOKENS)
+    return ids[:, : max(1, int((ids != tokenizer.pad_id).sum(1).max(initial=0)))]
 
 
 def caption_records(
     model: VLM,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     records: Sequence[Record],
     *,
     clip: ClipConfig,
@@ -202,7 +203,7 @@ class JobSummary:
 
 def caption_job(
     model: VLM,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     records: Sequence[Record],
     out: str | os.PathLike[str],
     *,
@@ -242,9 +243,9 @@ def caption_job(
     return JobSummary(rows=len(records), failed=failed, shards=len(paths), shards_skipped=len(paths) - len(todo))
 
 
-def model_digest(model: nnx.Module, tokenizer: WordTokenizer) -> str:
+def model_digest(model: nnx.Module, tokenizer: Tokenizer) -> str:
     """Names a model by its weights and words, wherever it was loaded from."""
-    digest = hashlib.sha256(json.dumps(tokenizer.words).encode())
+    digest = hashlib.sha256(tokenizer.digest().encode())
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         array = np.asarray(value[...])
         digest.update(f"{path} {array.dtype} {array.shape}".encode())

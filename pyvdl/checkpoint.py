@@ -24,7 +24,8 @@ import pyvdl
 from pyvdl.config import DualEncoderConfig, VLMConfig
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
-from pyvdl.text import WordTokenizer
+from pyvdl.models.weights import load_pretrained
+from pyvdl.tokenizers import Tokenizer, load_tokenizer
 
 _REMEDY = "run what saved the model again, or name another model"
 _CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEncoderConfig}
@@ -110,9 +111,9 @@ class Checkpointer:
 
 
 def save_model(
-    path: str | os.PathLike[str], model: nnx.Module, config: VLMConfig | DualEncoderConfig, tokenizer: WordTokenizer
+    path: str | os.PathLike[str], model: nnx.Module, config: VLMConfig | DualEncoderConfig, tokenizer: Tokenizer
 ) -> None:
-    """Writes a directory with config.json, tokenizer.json and the parameters; it appears whole or not at all.
+    """Writes a directory with config.json, the tokenizer and the parameters; it appears whole or not at all.
 
     A directory already at `path` is replaced after the new one is complete.
     """
@@ -130,7 +131,7 @@ def save_model(
             "config": dataclasses.asdict(config),
         }
         (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(temporary / "tokenizer.json")
+        tokenizer.save(temporary)
         with ocp.StandardCheckpointer() as writer:
             writer.save(temporary / "params", _flatten(nnx.state(model)))
         _replace_directory(temporary, target)
@@ -139,34 +140,56 @@ def save_model(
         raise
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, WordTokenizer]:
-    """Reads what `save_model` wrote. Raises ValueError naming what the directory lacks."""
+def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokenizer]:
+    """Reads what `save_model` wrote, or a public checkpoint with its tokenizer beside it: see `load_weights`.
+
+    Raises ValueError naming what the directory lacks, or a tokenizer with more ids than the model knows.
+    """
     source = Path(path).absolute()
-    for name in ("config.json", "tokenizer.json", "params"):
-        if not (source / name).exists():
-            raise ValueError(f"{source} is not a saved model: it has no {name}")
+    saved = (source / "params").exists()
+    if saved and not (source / "tokenizer.json").exists() and not (source / "tokenizer_frame.json").exists():
+        raise ValueError(f"{source} is not a saved model: it has no tokenizer.json")
+    model = load_weights(source)
+    kind = "paligemma" if isinstance(model, VLM) else "clip" if model.config.kind == "softmax" else "siglip"
+    tokenizer = load_tokenizer(source if source.is_dir() else source.parent, None if saved else kind)
+    known = model.config.language.vocab_size if isinstance(model, VLM) else model.config.text.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model knows {known}")
+    return model, tokenizer
+
+
+def load_weights(path: str | os.PathLike[str]) -> VLM | DualEncoder:
+    """The model alone, of a folder that `save_model` wrote or of a public checkpoint (see `load_pretrained`).
+
+    A public one computes in float32 on a CPU, which only emulates bfloat16, and in bfloat16 elsewhere.
+    """
+    source = Path(path).absolute()
+    if not source.exists():
+        raise ValueError(f"{source} is not there: name a saved model or a public checkpoint")
+    if not (source / "params").exists():
+        if source.is_dir() and not list(source.glob("*.safetensors")):
+            raise ValueError(f"{source} is not a saved model: it has no params, nor safetensors of a public checkpoint")
+        model = load_pretrained(source, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+        if not isinstance(model, VLM | DualEncoder):
+            raise ValueError(f"{source} holds a language model alone: a model of videos is wanted")
+        return model
     config = load_config(source)
-    graph, state = nnx.split(
-        nnx.eval_shape(
-            lambda: (
-                VLM(config, rngs=nnx.Rngs(0))
-                if isinstance(config, VLMConfig)
-                else DualEncoder(config, rngs=nnx.Rngs(0))
-            )
-        )
-    )
+    make = VLM if isinstance(config, VLMConfig) else DualEncoder
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))  # type: ignore[arg-type]
     with ocp.StandardCheckpointer() as reader:
         try:
             restored = reader.restore(source / "params", _abstract(state))
         except Exception as error:  # Orbax lets through whatever its parts raise, plain Exceptions too
             first = str(error).strip().partition("\n")[0][:200]
             raise ValueError(f"{source / 'params'} cannot be read ({first}): {_REMEDY}") from error
-    return nnx.merge(graph, _unflatten(restored, state)), WordTokenizer.load(source / "tokenizer.json")
+    return nnx.merge(graph, _unflatten(restored, state))
 
 
 def load_config(path: str | os.PathLike[str]) -> VLMConfig | DualEncoderConfig:
     """Reads only the settings of a saved model."""
     source = Path(path) / "config.json"
+    if not source.exists():
+        raise ValueError(f"{source.parent} is not a saved model: it has no config.json")
     try:
         found = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyvdl.config import ClipConfig
+    from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.models.vlm import VLM
-    from pyvdl.text import WordTokenizer
+    from pyvdl.tokenizers import Tokenizer
     from pyvdl.train import History
 
 VIDEO_SUFFIXES = frozenset(
@@ -160,7 +160,7 @@ def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
 
-    records = _records(arguments.videos)
+    records = _asked(arguments)
     model, tokenizer = _load(arguments.model)
     if not isinstance(model, VLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
@@ -232,7 +232,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _vlm_scores(
-    model: VLM, tokenizer: WordTokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
+    model: VLM, tokenizer: Tokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
 ) -> tuple[Scores, int]:
     from pyvdl.evaluate import evaluate_captions, evaluate_questions
     from pyvdl.recipes import model_clip
@@ -261,18 +261,17 @@ def _vlm_scores(
 
 
 def _dual_encoder_scores(
-    model: DualEncoder, tokenizer: WordTokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
+    model: DualEncoder, tokenizer: Tokenizer, records: list[Record], arguments: argparse.Namespace, report: Report
 ) -> tuple[Scores, int]:
     import numpy as np
 
     from pyvdl.evaluate import class_embeddings, embed_texts, embed_videos, evaluate_retrieval, evaluate_zero_shot
-    from pyvdl.recipes import model_clip
 
     captioned = np.array([bool(record.captions) for record in records])
     labelled = np.array([record.label is not None for record in records])
     if not (captioned | labelled).any():
         raise ValueError(f"{arguments.data}: no record has captions (for retrieval) or a label (for zero-shot classes)")
-    clip = _clip(arguments, model_clip(model.config))
+    clip = _encoder_clip(arguments, model.config)
     videos = embed_videos(model, records, clip=clip, progress=report, **_loading(arguments))
     scores: Scores = []
     if captioned.any():
@@ -294,14 +293,14 @@ def _dual_encoder_scores(
 def embed(arguments: argparse.Namespace) -> int:
     import numpy as np
 
+    from pyvdl.checkpoint import load_weights
     from pyvdl.evaluate import embed_videos
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.progress import reporting
-    from pyvdl.recipes import model_clip
 
-    records = _records(arguments.data)
+    records = _asked(arguments)
     _make_way(arguments.out)
-    model, _ = _load(arguments.model)
+    model = load_weights(arguments.model)
     if not isinstance(model, DualEncoder):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: embeddings need a dual encoder")
     errors = {}
@@ -309,7 +308,7 @@ def embed(arguments: argparse.Namespace) -> int:
         embeddings = embed_videos(
             model,
             records,
-            clip=_clip(arguments, model_clip(model.config)),
+            clip=_encoder_clip(arguments, model.config),
             progress=report,
             on_error=lambda record, error: errors.update({record.key: error}),
             **_loading(arguments),
@@ -456,10 +455,17 @@ def _caption_sets(path: Path) -> dict[str, list[str]]:
     return {name: texts for name, texts in found.items() if texts}
 
 
-def _load(path: Path) -> tuple[VLM | DualEncoder, WordTokenizer]:
+def _asked(arguments: argparse.Namespace) -> list[Record]:
+    paths = [*arguments.videos, *arguments.more_videos]
+    if not paths:
+        raise UsageError("no videos: name files, folders or manifests")
+    return _records(paths)
+
+
+def _load(path: Path) -> tuple[VLM | DualEncoder, Tokenizer]:
     from pyvdl.checkpoint import load_model
 
-    if not (path / "config.json").is_file():
+    if not path.exists():
         raise ValueError(
             f"no saved model in {path}: name one with --model (`make demo` leaves one in demo/language/model)"
         )
@@ -470,6 +476,17 @@ def _clip(arguments: argparse.Namespace, clip: ClipConfig) -> ClipConfig:
     import dataclasses
 
     return dataclasses.replace(clip, sampling=arguments.sampling)
+
+
+def _encoder_clip(arguments: argparse.Namespace, config: DualEncoderConfig) -> ClipConfig:
+    """Of a model of images the frames are embedded one by one: as many as clips have by default."""
+    import dataclasses
+
+    from pyvdl.config import ClipConfig
+    from pyvdl.recipes import model_clip
+
+    clip = _clip(arguments, model_clip(config))
+    return dataclasses.replace(clip, num_frames=ClipConfig().num_frames) if config.vision.num_frames == 1 else clip
 
 
 def _loading(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from pyvdl.data import Record
 from pyvdl.generate import generate
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
-from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer, split_words
+from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, split_words
+from pyvdl.tokenizers import Tokenizer
 
 Interval = tuple[float, float]
 RECALL_AT = (1, 5, 10)
@@ -81,7 +82,7 @@ class ZeroShotScores:
 
 def evaluate_captions(
     model: VLM,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     records: Sequence[Record],
     *,
     clip: ClipConfig,
@@ -126,7 +127,7 @@ def evaluate_captions(
 
 def evaluate_questions(
     model: VLM,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     records: Sequence[Record],
     *,
     clip: ClipConfig,
@@ -263,9 +264,7 @@ def embed_videos(
     return out
 
 
-def embed_texts(
-    model: DualEncoder, tokenizer: WordTokenizer, texts: Sequence[str], *, batch_size: int = 64
-) -> np.ndarray:
+def embed_texts(model: DualEncoder, tokenizer: Tokenizer, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     """float32[N, E], L2-normalised."""
     encode = _encoders()[1]
     length = model.config.text.context_length
@@ -332,7 +331,7 @@ def _median(ranks: np.ndarray) -> float:
 
 def class_embeddings(
     model: DualEncoder,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     names: Sequence[str],
     templates: Sequence[str] = ("{}",),
     *,

@@ -28,6 +28,7 @@ from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
+from pyvdl.tokenizers import Tokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 Stage = Literal["visual", "language"]
@@ -37,7 +38,7 @@ RUN_FILE = "run.json"
 _FREE = {"num_threads", "prefetch", "log_every", "checkpoint_every", "keep_checkpoints"}
 
 
-def short_captions(tokenizer: WordTokenizer, *, target_length: int) -> Encode:
+def short_captions(tokenizer: Tokenizer, *, target_length: int) -> Encode:
     """The visual stage's data: the caption task prompt, and one caption of the clip drawn at random."""
     prompt = encode_prompts(tokenizer, [CAPTION_PROMPT])[0]
 
@@ -48,7 +49,7 @@ def short_captions(tokenizer: WordTokenizer, *, target_length: int) -> Encode:
     return encode
 
 
-def instructions(tokenizer: WordTokenizer, *, prompt_length: int, target_length: int) -> Encode:
+def instructions(tokenizer: Tokenizer, *, prompt_length: int, target_length: int) -> Encode:
     """The language stage's data: one question, caption or description of the clip, each drawn equally often."""
 
     def encode(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -57,14 +58,14 @@ def instructions(tokenizer: WordTokenizer, *, prompt_length: int, target_length:
         pairs += [(DETAIL_PROMPT, describe(record.narrative))] if record.narrative else []
         prompt, target = pairs[rng.integers(len(pairs))]
         return {
-            "prompt": tokenizer.encode(prompt, prompt_length),
+            "prompt": tokenizer.encode_prompts([prompt], prompt_length)[0],
             "target": tokenizer.encode(target, target_length),
         }
 
     return encode
 
 
-def one_text(tokenizer: WordTokenizer, records: Sequence[Record], *, length: int) -> Encode:
+def one_text(tokenizer: Tokenizer, records: Sequence[Record], *, length: int) -> Encode:
     """The dual encoder's data: one caption of the clip drawn at random, and the number of its group."""
     numbers: dict[tuple[str, str], int] = {}
 
@@ -141,7 +142,7 @@ def train(
 
 
 def _asked(
-    job: str, preset: str, start: str | os.PathLike[str] | None, model: VLM | DualEncoder, tokenizer: WordTokenizer
+    job: str, preset: str, start: str | os.PathLike[str] | None, model: VLM | DualEncoder, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """What a run is known by; the start by its weights, since a path may come to hold another model."""
     return {
@@ -164,7 +165,7 @@ def _begin[M: (VLM, DualEncoder)](
     preset: str,
     assignments: Iterable[str],
     recipe: Callable[[Preset], TrainConfig],
-) -> tuple[M, WordTokenizer, Preset, TrainConfig]:
+) -> tuple[M, Tokenizer, Preset, TrainConfig]:
     """The model and tokenizer to start from, and the settings with their changes."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
@@ -191,7 +192,7 @@ def _begin[M: (VLM, DualEncoder)](
 
 def _run(
     model: VLM | DualEncoder,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     loss: Callable[..., Any],
     records: Sequence[Record],
     encode: Encode,

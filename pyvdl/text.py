@@ -1,5 +1,6 @@
 """Task prompts and the small built-in word tokenizer (for demo and tests: checkpoints bring their own)."""
 
+import hashlib
 import json
 import os
 import re
@@ -58,6 +59,18 @@ class WordTokenizer:
         """Number of ids, the special ones included."""
         return NUM_SPECIAL_IDS + len(self.words)
 
+    @property
+    def pad_id(self) -> int:
+        return PAD_ID
+
+    @property
+    def end_id(self) -> int:
+        return EOS_ID
+
+    def digest(self) -> str:
+        """Names the tokenizer by its words."""
+        return hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
+
     def encode(self, text: str, length: int, *, bos: bool = False) -> np.ndarray:
         """Returns int32[length]: the ids of `text`, end of sequence, padding. A long text never loses its end."""
         shortest = 2 if bos else 1
@@ -76,6 +89,10 @@ class WordTokenizer:
             row[:] = self.encode(text, length, bos=bos)
         return out
 
+    def encode_prompts(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """Returns int32[N, length]: a prompt is a text like others here."""
+        return self.encode_batch(texts, length)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the words up to the first end of sequence, special ids dropped, marks set against their words."""
         text, glue = "", True
@@ -91,9 +108,9 @@ class WordTokenizer:
             glue = word in _NO_SPACE_AFTER
         return text
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the word list as JSON; the file appears whole or not at all."""
-        target = Path(path)
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the word list into a folder as tokenizer.json, which appears whole or not at all."""
+        target = Path(folder) / "tokenizer.json"
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         content = {"format": "pyvdl-word-tokenizer", "words": self.words}
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")

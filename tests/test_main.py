@@ -236,7 +236,7 @@ def test_a_clip_named_twice_is_refused_where_keys_matter(run: Run, tmp_path: Pat
     manifest.write_text('{"key": "a", "video": "v.mp4"}\n')
     for argv in (
         ["caption", manifest, manifest],
-        ["embed", "--data", manifest, manifest, "--out", "o", "--model", "m"],
+        ["embed", manifest, manifest, "--out", "o", "--model", "m"],
     ):
         code, _, err = run(*argv)
         assert (code, "key 'a' is named twice" in err) == (2, True)
@@ -359,7 +359,7 @@ def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Pa
     assert all(f"{way} R@{k}" in out for way in ("text to video", "video to text") for k in (1, 5, 10))
     assert "zero-shot top-5" in out
     wanted = tmp_path / "new" / "test.npz"
-    code, out, _ = run("embed", "--model", dual, "--data", corpus / "test.jsonl", "--out", wanted)
+    code, out, _ = run("embed", "--model", dual, "--videos", corpus / "test.jsonl", "--out", wanted)
     assert code == 0
     with np.load(wanted) as found:
         assert found["embeddings"].dtype == np.float32

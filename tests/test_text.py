@@ -76,19 +76,19 @@ def test_bad_words_are_refused() -> None:
 
 
 def test_save_and_load(tokenizer: WordTokenizer, tmp_path) -> None:
-    path = tmp_path / "words.json"
-    tokenizer.save(path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(tmp_path)
     assert WordTokenizer.load(path).words == tokenizer.words
-    assert [p.name for p in tmp_path.iterdir()] == ["words.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
     path.write_text(json.dumps({"words": ["a"]}))
     with pytest.raises(ValueError, match="pyvdl-word-tokenizer"):
         WordTokenizer.load(path)
     for damaged in ("{", '{"format": "pyvdl-word-tokenizer"}', '{"format": "pyvdl-word-tokenizer", "words": [1]}'):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match=r"words\.json is damaged"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
             WordTokenizer.load(path)
     with pytest.raises(FileNotFoundError):
-        tokenizer.save(tmp_path / "absent" / "words.json")
+        tokenizer.save(tmp_path / "absent")
 
 
 def test_prompts_survive_their_own_vocabulary() -> None:

@@ -4,5 +4,6 @@ from .dual_encoder import DualEncoder, inflate
 from .t5 import T5
 from .vit import ViT
 from .vlm import VLM
+from .weights import load_pretrained, save_pretrained
 
-__all__ = ["T5", "VLM", "DualEncoder", "ViT", "inflate"]
+__all__ = ["T5", "VLM", "DualEncoder", "ViT", "inflate", "load_pretrained", "save_pretrained"]

@@ -92,11 +92,22 @@ class DualEncoder(nnx.Module):
             self.logit_bias = nnx.Param(jnp.asarray(-10.0, jnp.float32))  # SigLIP, section 3.2
 
     def encode_video(self, video: Array) -> Array:
-        """uint8[B, T, H, W, 3] with T = vision.num_frames -> float32[B, E]."""
+        """uint8[B, T, H, W, 3] -> float32[B, E]. T = vision.num_frames.
+
+        Of a model of single images T is free: the embedding is the mean of the frames' own, of unit length again.
+        """
         frames = self.config.vision.num_frames
-        if video.ndim != 5 or video.shape[1] != frames:
-            raise ValueError(f"video must be uint8[B, {frames}, H, W, 3], not {video.dtype}{video.shape}")
-        tokens = self.vision(video[:, 0] if frames == 1 else video)
+        if video.ndim != 5 or (frames > 1 and video.shape[1] != frames):
+            wanted = "T" if frames == 1 else frames
+            raise ValueError(f"video must be uint8[B, {wanted}, H, W, 3], not {video.dtype}{video.shape}")
+        if frames > 1:
+            return self._pooled(video)
+        batch, count = video.shape[:2]
+        embeddings = self._pooled(video.reshape(batch * count, *video.shape[2:]))
+        return embeddings if count == 1 else _normalise(embeddings.reshape(batch, count, -1).mean(axis=1))
+
+    def _pooled(self, video: Array) -> Array:
+        tokens = self.vision(video)
         match self.config.pool:
             case "class":
                 pooled = tokens[:, -1]
@@ -126,11 +137,13 @@ def inflate(
     *,
     rngs: nnx.Rngs,
     temporal: Literal["zero", "random"] = "random",
+    attention: Literal["joint", "divided", "factorised"] = "joint",
 ) -> DualEncoder:
     """A video dual encoder of `num_frames` with the image model's weights and a new temporal embedding.
 
     "random" is the paper's start. The class token, where there is one, sees `num_frames` times the patches that it saw
     in the image model, so that even with "zero" a repeated frame does not get exactly the image model's embedding.
+    attention: see `ViT`. What "divided" adds over time starts from the weights over space and gives zeros at first.
     """
     if image_model.config.vision.num_frames != 1:
         raise ValueError(
@@ -138,7 +151,7 @@ def inflate(
         )
     if temporal not in ("zero", "random"):
         raise ValueError(f"temporal must be 'zero' or 'random', not {temporal!r}")
-    vision = dataclasses.replace(image_model.config.vision, num_frames=num_frames)
+    vision = dataclasses.replace(image_model.config.vision, num_frames=num_frames, attention=attention)
     model = DualEncoder(dataclasses.replace(image_model.config, vision=vision), rngs=rngs)
     # Copies: training donates its model's buffers, and the image model must outlive that.
     nnx.update(model, jax.tree.map(jnp.copy, nnx.state(image_model)))
@@ -147,6 +160,10 @@ def inflate(
         drawn = model.vision.temporal[...]
         spread = jnp.std(model.vision.position[...]) / jnp.std(drawn)
         model.vision.temporal[...] = jnp.zeros_like(drawn) if temporal == "zero" else spread * drawn
+        if attention == "divided":
+            block = model.vision.blocks.blocks
+            for part in ("norm", "qkv"):
+                nnx.update(getattr(block.time, part), jax.tree.map(jnp.copy, nnx.state(getattr(block.mixer, part))))
     return model
 
 

@@ -1,0 +1,290 @@
+"""Public checkpoints in and out, without the models that wrote them: what is told, placed and kept. See test_parity."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig
+from pyvdl.models import T5, DualEncoder, load_pretrained, save_pretrained
+from pyvdl.models.vit import patchify, resample_patches, resample_positions
+
+VISION = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48, dtype="float32")
+TEXT = TextTowerConfig(vocab_size=60, context_length=8, width=24, depth=3, num_heads=2, mlp_dim=40, dtype="float32")
+CLIP = DualEncoderConfig(
+    vision=dataclasses.replace(
+        VISION,
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        activation="quick_gelu",
+        pixel_mean=(0.4, 0.5, 0.6),
+        pixel_std=(0.2, 0.3, 0.4),
+    ),
+    text=dataclasses.replace(TEXT, activation="quick_gelu", norm_epsilon=1e-5, end_id=59),
+    embed_dim=16,
+)
+SIGLIP = DualEncoderConfig(
+    vision=VISION,
+    text=dataclasses.replace(TEXT, causal=False, pool="last"),
+    embed_dim=32,
+    pool="map",
+    vision_projection=False,
+    text_projection_bias=True,
+    kind="sigmoid",
+)
+LANGUAGE = T5Config(
+    vocab_size=50,
+    width=24,
+    encoder_layers=2,
+    decoder_layers=3,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=40,
+    activation="silu",
+    dtype="float32",
+)
+
+
+def filled(model: Any) -> Any:
+    """With every parameter random, so that none can be taken for another."""
+    rng = np.random.default_rng(0)
+    nnx.update(
+        model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2 + 0.1, x.dtype), nnx.state(model))
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, Path]:
+    model = filled(DualEncoder(CLIP, rngs=nnx.Rngs(0)))
+    path = tmp_path_factory.mktemp("clip") / "model"
+    save_pretrained(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_a_written_dual_encoder_is_read_as_it_was(config: DualEncoderConfig, tmp_path: Path) -> None:
+    model = filled(DualEncoder(config, rngs=nnx.Rngs(0)))
+    save_pretrained(model, tmp_path / "model")
+    found = load_pretrained(tmp_path / "model", dtype="float32")
+    assert isinstance(found, DualEncoder)
+    assert found.config == config
+    for (path, a), (_, b) in zip(nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(found)), strict=True):
+        np.testing.assert_array_equal(a[...], b[...], str(path))
+
+
+def test_a_written_t5_is_read_as_it_was(tmp_path: Path) -> None:
+    model = filled(T5(LANGUAGE, rngs=nnx.Rngs(0)))
+    save_pretrained(model, tmp_path / "model")
+    found = load_pretrained(tmp_path / "model", dtype="float32")
+    assert isinstance(found, T5)
+    assert found.config == LANGUAGE
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(model))
+
+
+def test_openai_names_and_settings(clip: tuple[DualEncoder, Path], tmp_path: Path) -> None:
+    """OpenAI's names hold the same numbers; without settings the activation is quick_gelu."""
+    arrays = load_file(clip[1] / "model.safetensors")
+    renamed: dict[str, np.ndarray] = {}
+    for ours, theirs in (("vision_model", "visual."), ("text_model", "")):
+        for layer in range(2 if theirs else 3):
+            old, new = f"{ours}.encoder.layers.{layer}", f"{theirs}transformer.resblocks.{layer}"
+            for kind in ("weight", "bias"):
+                fused = [arrays[f"{old}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+                renamed[f"{new}.attn.in_proj_{kind}"] = np.concatenate(fused)
+                for a, b in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2")):
+                    renamed[f"{new}.{b}.{kind}"] = arrays[f"{old}.{a}.{kind}"]
+                for a, b in (("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+                    renamed[f"{new}.{b}.{kind}"] = arrays[f"{old}.{a}.{kind}"]
+    pairs = {
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "logit_scale": "logit_scale",
+    }
+    for a, b in (("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm")):
+        pairs |= {f"{a}.{kind}": f"{b}.{kind}" for kind in ("weight", "bias")}
+    pairs |= {f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")}
+    renamed |= {new: arrays[old] for new, old in pairs.items()}
+    renamed["visual.proj"] = np.ascontiguousarray(arrays["visual_projection.weight"].T)
+    renamed["text_projection"] = np.ascontiguousarray(arrays["text_projection.weight"].T)
+    save_file(renamed, tmp_path / "open_clip_model.safetensors")
+    settings = {
+        "model_cfg": {"quick_gelu": True, "vision_cfg": {"head_width": 16}, "text_cfg": {"heads": 2}},
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    found = load_pretrained(tmp_path, dtype="float32")
+    assert isinstance(found, DualEncoder)
+    assert found.config == dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, norm_epsilon=1e-5))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(clip[0]))
+    del settings["model_cfg"]["quick_gelu"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    assert load_pretrained(tmp_path).config.text.activation == "gelu"  # type: ignore[union-attr]
+
+
+def test_all_faults_are_told_at_once(clip: tuple[DualEncoder, Path], tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((clip[1] / name).read_bytes())
+    arrays = load_file(clip[1] / "model.safetensors")
+    del arrays["logit_scale"]
+    arrays["text_model.final_layer_norm.bias"] = np.zeros(7, np.float32)
+    arrays["adapter.weight"] = np.zeros(2, np.float32)
+    arrays["text_model.embeddings.position_ids"] = np.arange(8)[None]  # a buffer of old files, no weight
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing logit_scale") as raised:
+        load_pretrained(tmp_path)
+    text = str(raised.value)
+    assert "unknown adapter.weight" in text
+    assert "text_model.final_layer_norm.bias is [7], not [24]" in text
+    assert "position_ids" not in text
+
+
+def test_what_is_no_checkpoint_is_refused(clip: tuple[DualEncoder, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pickles are not read"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no such format")
+    with pytest.raises(ValueError, match="download it again"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((clip[1] / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert' is not one of clip, siglip"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="cannot be read as npz"):
+        load_pretrained(tmp_path / "model.npz")
+    np.savez(tmp_path / "other.npz", **{"params/x": np.zeros(2)})
+    with pytest.raises(ValueError, match="neither SigLIP nor PaliGemma"):
+        load_pretrained(tmp_path / "other.npz")
+
+
+def test_several_files(clip: tuple[DualEncoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvdl.models.weights._SHARD_BYTES", 20_000)
+    save_pretrained(clip[0], tmp_path / "model")
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_pretrained(tmp_path / "model")), nnx.state(clip[0]))
+    (tmp_path / "model" / files[1]).unlink()
+    with pytest.raises(ValueError, match=f"lacks {files[1]}"):
+        load_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="is there already"):
+        save_pretrained(clip[0], tmp_path / "model")
+
+
+def test_a_model_over_time_is_no_model_of_transformers(tmp_path: Path) -> None:
+    config = dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, num_frames=2))
+    with pytest.raises(ValueError, match="2 frames at once"):
+        save_pretrained(DualEncoder(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_in_bfloat16(clip: tuple[DualEncoder, Path]) -> None:
+    found = load_pretrained(clip[1], param_dtype="bfloat16")
+    assert found.config.vision.dtype == "bfloat16"  # type: ignore[union-attr]
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(found))} == {jnp.dtype("bfloat16")}
+    video = np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
+    assert isinstance(found, DualEncoder)
+    cosine = jnp.sum(found.encode_video(video) * clip[0].encode_video(video), axis=-1)
+    assert float(cosine.min()) > 0.99
+
+
+def test_another_resolution(clip: tuple[DualEncoder, Path]) -> None:
+    """Patches and positions are resampled; an even picture keeps the embedding of its patches."""
+    found = load_pretrained(clip[1], dtype="float32", image_size=72, patch_size=12)
+    assert isinstance(found, DualEncoder)
+    assert found.vision.position.shape == (36, 32)
+    grey = np.full((1, 72, 72, 3), 77, np.uint8)
+    small = clip[0].vision.patch(jnp.asarray(grey[:, :32, :32]))[0, 0]
+    np.testing.assert_allclose(found.vision.patch(jnp.asarray(grey))[0, 0], small, rtol=1e-4, atol=1e-5)
+
+
+def test_resampling() -> None:
+    rng = np.random.default_rng(0)
+    positions = rng.normal(size=(16, 3)).astype(np.float32)
+    assert resample_positions(positions, 16) is positions
+    np.testing.assert_allclose(resample_positions(np.ones((16, 3), np.float32), 49), 1, rtol=1e-6)
+    # A slope goes on as it was, in the middle, where the border is not repeated.
+    slope = np.repeat(np.arange(8.0), 8)[:, None].astype(np.float32)
+    found = resample_positions(slope, 256).reshape(16, 16)
+    np.testing.assert_allclose(found[4:-4, 8], (np.arange(4, 12) + 0.5) / 2 - 0.5, atol=1e-5)
+    with pytest.raises(ValueError, match="squares"):
+        resample_positions(positions, 20)
+    # A patch that is enlarged bilinearly gets the embedding of the small one.
+    kernel = rng.normal(size=(3 * 36, 5)).astype(np.float32)
+    patch = rng.normal(size=(6, 6, 3)).astype(np.float32)
+    large = jax.image.resize(jnp.asarray(patch), (9, 9, 3), "linear")
+    embedded = patchify(large[None], 9)[0] @ resample_patches(kernel, 9)
+    np.testing.assert_allclose(embedded, patchify(jnp.asarray(patch)[None], 6)[0] @ kernel, rtol=1e-3, atol=1e-4)
+
+
+MESH = """
+import sys, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from flax import nnx
+from pyvdl.models import load_pretrained
+mesh = jax.make_mesh((4,), ("data",))
+def place(name, shape):
+    split = [axis for axis in range(len(shape)) if shape[axis] % 4 == 0 and not (axis == 0 and "blocks" in name)]
+    spec = [None] * len(shape)
+    if split:
+        spec[split[-1]] = "data"
+    return NamedSharding(mesh, P(*spec))
+whole, split = load_pretrained(sys.argv[1], dtype="float32"), load_pretrained(sys.argv[1], dtype="float32", place=place)
+kernel = split.vision.blocks.blocks.mlp.up.kernel[...]
+assert kernel.sharding.spec == P(None, None, "data"), kernel.sharding
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 12)}
+jax.tree.map(np.testing.assert_array_equal, nnx.state(split), nnx.state(whole))
+"""
+
+
+def test_parameters_on_a_mesh(clip: tuple[DualEncoder, Path]) -> None:
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", MESH, clip[1]], check=True, env=env)
+
+
+MEMORY = """
+import resource, sys, numpy as np, jax
+from flax import nnx
+from pyvdl.models import load_pretrained
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+jax.block_until_ready(jax.numpy.zeros(8))
+load_pretrained(sys.argv[1])  # libraries, and the programs of the small model
+before = peak()
+model = load_pretrained(sys.argv[2], dtype="float32")
+jax.block_until_ready(nnx.state(model))
+stay = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+print(peak() - before, stay)
+"""
+
+
+def test_memory_of_loading(tmp_path: Path) -> None:
+    """At most 1.3 times the largest tensor beside the model itself."""
+    large = dataclasses.replace(LANGUAGE, vocab_size=60_000, width=512, num_heads=8, head_dim=64, mlp_dim=2048)
+    for name, config in (("small", LANGUAGE), ("large", large)):
+        save_pretrained(T5(config, rngs=nnx.Rngs(0)), tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("small", "large")]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], check=True, capture_output=True, text=True)
+    grown, stay = map(int, done.stdout.split())
+    largest = 60_000 * 512 * 4
+    assert stay > 3 * largest
+    assert grown < stay + 1.3 * largest, (grown / 2**20, stay / 2**20)
