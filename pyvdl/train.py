@@ -179,7 +179,8 @@ def contrastive_loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, 
     groups = batch.get("group", jnp.arange(len(ok), dtype=jnp.int32))
     video, text, groups = _set_aside(video, text, groups, ok)
     share = jnp.mean(ok, dtype=jnp.float32)
-    loss = kernels.contrastive_loss(video, text, scale, bias, kind=model.config.kind, groups=groups)
+    kind = "softmax" if bias is None else "sigmoid"
+    loss = kernels.contrastive_loss(video, text, scale, bias, kind=kind, groups=groups)
     if bias is not None:
         loss -= (1 - share) * nnx.softplus(-bias)  # of a row set aside with itself: the logit is the bias
     loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0

@@ -248,7 +248,9 @@ def test_bfloat16_is_the_same_model_less_exactly(vlm: VLM) -> None:
 def test_dual_encoder_embeddings_are_of_unit_length(dual: DualEncoder) -> None:
     text = ids(0, 2, 8)
     text[:, 5] = 1
-    video_embedding, text_embedding, scale = apply(dual, "__call__", jnp.asarray(frames(0, 2, 3)), jnp.asarray(text))
+    found = apply(dual, "__call__", jnp.asarray(frames(0, 2, 3)), jnp.asarray(text))
+    video_embedding, text_embedding, scale, bias = found
+    assert bias is None
     for x in (video_embedding, text_embedding):
         assert (x.shape, x.dtype) == ((2, 16), jnp.float32)
         np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-5)
@@ -287,7 +289,8 @@ def test_the_scale_is_bounded_and_can_come_back(dual: DualEncoder) -> None:
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_inflation(class_token: bool) -> None:
-    config = dataclasses.replace(DUAL, vision=dataclasses.replace(VISION, class_token=class_token))
+    pool: Any = "class" if class_token else "mean"
+    config = dataclasses.replace(DUAL, vision=dataclasses.replace(VISION, class_token=class_token), pool=pool)
     image_model = DualEncoder(config, rngs=nnx.Rngs(0))
     video = frames(0, 2, 1)
     wanted = apply(image_model, "encode_video", video)
@@ -307,3 +310,76 @@ def test_inflation(class_token: bool) -> None:
         inflate(random, 4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'zero' or 'random'"):
         inflate(image_model, 4, rngs=nnx.Rngs(0), temporal="sine")  # type: ignore[arg-type]
+
+
+def test_an_image_model_takes_the_mean_of_the_frames_embeddings() -> None:
+    config = dataclasses.replace(DUAL, vision=dataclasses.replace(VISION, class_token=True))
+    model = DualEncoder(config, rngs=nnx.Rngs(0))
+    video = frames(0, 2, 3)
+    alone = np.stack([apply(model, "encode_video", video[:, i : i + 1]) for i in range(3)], axis=1).mean(1)
+    wanted = alone / np.linalg.norm(alone, axis=1, keepdims=True)
+    np.testing.assert_allclose(apply(model, "encode_video", video), wanted, atol=1e-6)
+
+
+def test_divided_attention_starts_as_the_image_model() -> None:
+    """What it adds over time is zero at first, whatever the frames are; a gradient moves it."""
+    config = dataclasses.replace(DUAL, vision=VISION, pool="mean")
+    image_model = DualEncoder(config, rngs=nnx.Rngs(0))
+    model = inflate(image_model, 3, rngs=nnx.Rngs(1), temporal="zero", attention="divided")
+    video = frames(0, 2, 3)
+    each = apply(image_model, "_pooled", video.reshape(6, *video.shape[2:]))
+    graphdef, state = nnx.split(model.vision)
+    tokens, vjp = jax.vjp(lambda s: nnx.merge(graphdef, s)(video), state)
+    of_frames = apply(image_model.vision, "__call__", video.reshape(6, *video.shape[2:]))
+    np.testing.assert_allclose(tokens.reshape(of_frames.shape), of_frames, atol=2e-5)
+    (gradient,) = vjp(jnp.cos(tokens))
+    assert np.abs(gradient.blocks.blocks.time.out.kernel[...]).max() > 1e-3
+    assert each.shape == (6, DUAL.embed_dim)
+    np.testing.assert_array_equal(
+        model.vision.blocks.blocks.time.qkv.kernel[...], image_model.vision.blocks.blocks.mixer.qkv.kernel[...]
+    )
+
+
+@pytest.mark.parametrize(("attention", "reaches"), [("joint", True), ("factorised", False)])
+def test_who_sees_whom_over_space_and_time(attention: Any, reaches: bool) -> None:
+    """In one block of factorised attention a patch sees its frame and its place in the others, and nothing else."""
+    config = dataclasses.replace(VISION, num_frames=3, depth=1, attention=attention)
+    tower = ViT(config, rngs=nnx.Rngs(0))
+    video = frames(0, 1, 3)
+    changed = video.copy()
+    changed[0, 1, :8, 8:16] ^= 255  # frame 1, patch 1
+    difference = np.abs(apply(tower, "__call__", changed) - apply(tower, "__call__", video)).max(-1).reshape(3, 16)
+    assert (difference[1] > 1e-4).all()
+    assert (difference[:, 1] > 1e-4).all()
+    others = np.delete(difference, 1, axis=1)[[0, 2]]
+    assert (others > 1e-5).all() if reaches else (others < 1e-7).all()
+
+
+def test_siglip_is_pooled_by_attention_and_has_a_bias() -> None:
+    text = dataclasses.replace(TEXT, causal=False, pool="last")
+    config = dataclasses.replace(
+        DUAL, vision=VISION, text=text, embed_dim=32, pool="map", vision_projection=False, kind="sigmoid"
+    )
+    model = DualEncoder(config, rngs=nnx.Rngs(0))
+    words = ids(0, 2, 8)
+    video, found, scale, bias = apply(model, "__call__", frames(0, 2, 1), words)
+    assert video.shape == found.shape == (2, 32)
+    np.testing.assert_allclose([scale, bias], [10, -10], rtol=1e-6)
+    changed = words.copy()
+    changed[:, 2] = 3  # every token is seen by the last
+    assert np.abs(apply(model, "encode_text", changed) - found).max() > 1e-4
+    with pytest.raises(ValueError, match=r"pool 'class' with vision\.class_token False"):
+        dataclasses.replace(config, pool="class")
+    with pytest.raises(ValueError, match=r"embed_dim must be vision\.width"):
+        dataclasses.replace(config, embed_dim=16)
+
+
+def test_normalisation_is_folded_into_the_patches() -> None:
+    """The product with the pixels as they are equals that with normalised ones."""
+    config = dataclasses.replace(VISION, pixel_mean=(0.4, 0.5, 0.6), pixel_std=(0.2, 0.3, 0.4))
+    tower = ViT(config, rngs=nnx.Rngs(0))
+    image = frames(0, 1)
+    normal = (image / 255 - np.array(config.pixel_mean)) / np.array(config.pixel_std)
+    kernel = np.asarray(tower.patch.kernel[...], np.float64)
+    patches = normal.reshape(1, 4, 8, 4, 24).swapaxes(2, 3).reshape(1, 16, -1)
+    np.testing.assert_allclose(apply(tower.patch, "__call__", image), patches @ kernel, atol=2e-5)

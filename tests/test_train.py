@@ -277,14 +277,16 @@ def test_four_devices_give_the_same_losses(uninterrupted: tuple[History, dict[st
 class Echo(nnx.Module):
     """A "VLM" whose logits are a table, and a "dual encoder" whose embeddings are given."""
 
-    def __init__(self, value: np.ndarray) -> None:
+    def __init__(self, value: np.ndarray, bias: float | None = None) -> None:
         self.value = nnx.Param(jnp.asarray(value))
+        self.bias = bias
 
     def __call__(self, video: Any, *others: jax.Array) -> Any:
         if len(others) == 2:
             return self.value[...]
         rows = self.value[...] / jnp.linalg.norm(self.value[...], axis=-1, keepdims=True)
-        return rows[video], rows[others[0]], jnp.float32(5.0)
+        bias = None if self.bias is None else jnp.float32(self.bias)
+        return rows[video], rows[others[0]], jnp.float32(5.0), bias
 
 
 def test_vlm_loss_averages_tokens_of_good_clips() -> None:
@@ -315,31 +317,42 @@ def test_no_failed_clip_is_no_share_at_all() -> None:
             assert float(scalars["failed_share"]) == (not good)
 
 
-def contrast(values: np.ndarray, video: list[int], text: list[int], ok: list[bool], group: list[int] | None) -> Any:
+def contrast(
+    values: np.ndarray,
+    video: list[int],
+    text: list[int],
+    ok: list[bool],
+    group: list[int] | None,
+    bias: float | None = None,
+) -> Any:
     batch = {"video": jnp.array(video), "text": jnp.array(text), "ok": jnp.array(ok)}
     if group is not None:
         batch["group"] = jnp.array(group, jnp.int32)
-    return jax.value_and_grad(lambda v: contrastive_loss_fn(Echo(v), batch)[0])(jnp.asarray(values))
+    return jax.value_and_grad(lambda v: contrastive_loss_fn(Echo(v, bias), batch)[0])(jnp.asarray(values))
 
 
+@pytest.mark.parametrize("bias", [None, -3.0], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("group", [None, [0, 1, 2, 0, 1, 5]])
-def test_failed_clips_are_neither_positives_nor_negatives(group: list[int] | None) -> None:
+def test_failed_clips_are_neither_positives_nor_negatives(group: list[int] | None, bias: float | None) -> None:
     """The loss and gradient with two failed clips equal those of the batch without these rows."""
     values = np.random.default_rng(1).normal(size=(12, 16)).astype(np.float32)
     keep = [0, 2, 3, 5]
-    with_failed = contrast(values, list(range(6)), list(range(6, 12)), [i in keep for i in range(6)], group)
-    without = contrast(values, keep, [6 + i for i in keep], [True] * 4, group and [group[i] for i in keep])
+    with_failed = contrast(values, list(range(6)), list(range(6, 12)), [i in keep for i in range(6)], group, bias)
+    without = contrast(values, keep, [6 + i for i in keep], [True] * 4, group and [group[i] for i in keep], bias)
     assert float(with_failed[0]) == pytest.approx(float(without[0]), rel=1e-6)
     np.testing.assert_allclose(with_failed[1], without[1], atol=1e-7)
-    whole = contrast(values, list(range(6)), list(range(6, 12)), [True] * 6, None)
+    whole = contrast(values, list(range(6)), list(range(6, 12)), [True] * 6, None, bias)
     rows = values / np.linalg.norm(values, axis=1, keepdims=True)
-    assert float(whole[0]) == pytest.approx(float(kernels.contrastive_loss(rows[:6], rows[6:], 5.0)), rel=1e-5)
+    kind = "softmax" if bias is None else "sigmoid"
+    wanted = kernels.contrastive_loss(rows[:6], rows[6:], 5.0, bias, kind=kind)
+    assert float(whole[0]) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_a_batch_of_failed_clips_alone_teaches_nothing() -> None:
+@pytest.mark.parametrize("bias", [None, -3.0], ids=["softmax", "sigmoid"])
+def test_a_batch_of_failed_clips_alone_teaches_nothing(bias: float | None) -> None:
     values = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
-    loss, gradient = contrast(values, [0, 1], [2, 3], [False, False], None)
-    assert float(loss) == 0
+    loss, gradient = contrast(values, [0, 1], [2, 3], [False, False], None, bias)
+    assert float(loss) == pytest.approx(0, abs=1e-6)
     assert not np.any(gradient)
 
 
