@@ -405,7 +405,7 @@ def _memory(plan: Plan, mode: str, arrays: int, whole_count: int, extra_outputs:
     used += buffers * one_buffer
     if used > available:
         raise NotImplementedError(
-            f"the TPU kernel of {mode!r} holds all tokens of a clip in VMEM: {tokens} tokens of {plan.lanes} features "
+            f"holds all tokens of a clip in VMEM in mode {mode!r}: {tokens} tokens of {plan.lanes} features "
             f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
         )
     return _Memory(scratch, buffers, used)

@@ -105,16 +105,16 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
     _, tokens, heads, head_dim = shape
     if head_dim % 8 or head_dim < LEAST_HEAD_DIM:
         raise NotImplementedError(
-            f"the TPU kernel of {mode!r} needs head dims that 8 divides, from {LEAST_HEAD_DIM} on, not {head_dim}"
+            f"takes head dims that 8 divides, from {LEAST_HEAD_DIM} on, in mode {mode!r}, not {head_dim}"
         )
     if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the TPU kernel of {mode!r} takes bfloat16 and float32, not {dtype}")
+        raise NotImplementedError(f"takes bfloat16 and float32, not {dtype}")
     lanes = math.lcm(head_dim, LANES)
     if heads * head_dim % lanes:
         lanes = heads * head_dim
     if lanes // head_dim > CLASS_ROWS:
         raise NotImplementedError(
-            f"the TPU kernel of {mode!r} takes at most {CLASS_ROWS} heads at once; {heads} heads of {head_dim} do not "
+            f"takes at most {CLASS_ROWS} heads at once in mode {mode!r}; {heads} heads of {head_dim} do not "
             "divide into such blocks of whole 128-lane tiles"
         )
     sublanes = 32 // jnp.dtype(dtype).itemsize
