@@ -1,0 +1,383 @@
+"""Times whole models on the device at hand: `python -m bench.end_to_end`.
+
+generate: several captions a clip, clips and tokens a second, beside transformers' generate with the same weights (where
+`make parity` has made its environment); memory with ten captions a clip beside one; the share of the device's peak in
+the prefill, where the peak is known.
+step: training steps of the dual encoder and of the video-language model: floating-point operations that the model needs
+for a step, its time, and the share of the peak.
+
+Weights are random. Operations are counted by formula, for what the model needs and not for what is computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bench.common import (
+    ROOT,
+    Spread,
+    Timing,
+    append_rows,
+    environment,
+    format_table,
+    interleave,
+    measure,
+    progress,
+    ratio,
+)
+from pyvdl.config import (
+    DualEncoderConfig,
+    GemmaConfig,
+    OptimConfig,
+    T5Config,
+    TextTowerConfig,
+    TrainConfig,
+    ViTConfig,
+    VLMConfig,
+    demo,
+    paper,
+)
+from pyvdl.generate import Samples, generate
+from pyvdl.models import VLM, DualEncoder, save_pretrained
+from pyvdl.train import contrastive_loss_fn, fit, vlm_loss
+
+MODES = ("generate", "step")
+REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
+# Dense bfloat16, float32 sums, without sparsity, a second: NVIDIA's and Google's data sheets.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12}
+SAMPLES, TOKENS = 10, 32
+MEMORY_PREFIX = 2048  # tokens
+
+SO400M = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
+PALIGEMMA = VLMConfig(vision=SO400M, language=GemmaConfig())
+SMALL = VLMConfig(
+    vision=ViTConfig(image_size=56, width=192, depth=4, num_heads=3, mlp_dim=768, dtype="float32"),
+    language=GemmaConfig(vocab_size=2048, width=256, depth=4, num_heads=4, head_dim=64, mlp_dim=1024, dtype="float32"),
+)
+GENERATE = {"gpu": (PALIGEMMA, 16), "tpu": (PALIGEMMA, 16), "cpu": (SMALL, 4)}  # model, clips at a time
+
+
+# --- operations
+
+
+def tower_flops(config: ViTConfig | TextTowerConfig, tokens: int) -> float:
+    """Of a forward pass over a sequence: two for each multiplication with a weight, scores and values by all tokens."""
+    weights = config.depth * (4 * config.width**2 + 2 * config.width * config.mlp_dim)
+    return 2.0 * tokens * weights + 4.0 * config.depth * tokens**2 * config.width
+
+
+def frame_flops(config: ViTConfig) -> float:
+    """Of a ViT over its frames."""
+    patches = config.num_frames * config.num_patches
+    return tower_flops(config, patches + config.class_token) + 2.0 * patches * 3 * config.patch_size**2 * config.width
+
+
+def gemma_flops(config: GemmaConfig, tokens: int) -> float:
+    """Of a forward pass over a prefix, without the head."""
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.width
+    weights = config.depth * (attention + 3 * config.width * config.mlp_dim)
+    return 2.0 * tokens * weights + 4.0 * config.depth * tokens**2 * config.num_heads * config.head_dim
+
+
+def prefill_flops(config: VLMConfig, prompt: int) -> float:
+    """Of one clip."""
+    language, patches = config.language, config.num_frames * config.vision.num_patches
+    assert isinstance(language, GemmaConfig)
+    projection = 2.0 * patches * config.vision.width * language.width
+    return config.num_frames * frame_flops(config.vision) + projection + gemma_flops(language, patches + prompt)
+
+
+def t5_flops(config: T5Config, tokens: int, target: int) -> float:
+    """Of a forward pass over a sequence and its target, with the head."""
+    inner = config.num_heads * config.head_dim
+    attention, mlp = 4 * config.width * inner, 3 * config.width * config.mlp_dim
+    encoder = config.encoder_layers * (2.0 * tokens * (attention + mlp) + 4.0 * tokens**2 * inner)
+    cross = 2.0 * 2 * config.width * inner * (tokens + target) + 4.0 * tokens * target * inner
+    decoder = config.decoder_layers * (2.0 * target * (attention + mlp) + 4.0 * target**2 * inner + cross)
+    return encoder + decoder + 2.0 * target * config.width * config.vocab_size
+
+
+# --- generation
+
+
+class _Transformers:
+    """The process that runs transformers on the same weights and inputs."""
+
+    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        self._process = subprocess.Popen(
+            [REFERENCE, "-m", "bench.transformers_worker"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        start = {"model": str(folder / "model"), "inputs": str(folder / "inputs.npz"), "dtype": dtype, "device": device}
+        self.versions = self.ask(start)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"transformers' process ended with code {self._process.wait()}; its message is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _inputs(config: VLMConfig, clips: int, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    size, vocab = config.vision.image_size, config.language.vocab_size
+    video = rng.integers(0, 256, (clips, config.num_frames, size, size, 3), np.uint8)
+    return {"video": video, "prompt": rng.integers(4, vocab - 64, (clips, length), np.int32)}
+
+
+def _captions(model: VLM, inputs: dict[str, np.ndarray], num_samples: int, greedy: bool) -> Samples:
+    """All of TOKENS tokens: no id ends a text."""
+    found = generate(
+        model,
+        inputs["video"],
+        inputs["prompt"],
+        num_samples=1 if greedy else num_samples,
+        max_length=TOKENS,
+        temperature=0.0 if greedy else 1.0,
+        top_p=1.0 if greedy else 0.95,
+        end_ids=-1,
+    )
+    return jax.block_until_ready(found)
+
+
+def compare_generation(config: VLMConfig, clips: int, rounds: int) -> list[dict[str, Any]]:
+    """pyvdl and transformers in turns, on weights and inputs of one folder."""
+    platform = jax.default_backend()
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    graph, state = nnx.split(VLM(config, rngs=nnx.Rngs(0)))
+    # Spread wider than usual: the likeliest token then stands out, and greedy texts are not all of one token.
+    state = jax.tree.map(lambda x: (2.0 * x if x.ndim > 2 else x).astype(dtype), state)
+    model = nnx.merge(graph, state)
+    inputs = _inputs(config, clips, 16)
+    row: dict[str, Any] = {"bench": "generate", "clips": clips, "samples": SAMPLES, "tokens": TOKENS, "dtype": dtype}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contenders: dict[str, Callable[[], Timing]] = {
+            "pyvdl": lambda: measure(lambda: _captions(model, inputs, SAMPLES, greedy=False))[1]
+        }
+        if REFERENCE.exists():
+            save_pretrained(model, folder / "model")
+            np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
+            progress("generate: transformers starts")
+            device = "cuda" if platform == "gpu" else "cpu"
+            reference = stack.enter_context(contextlib.closing(_Transformers(folder, dtype, device)))
+            row["reference"] = reference.versions
+            wanted = np.array(reference.ask({"num_samples": 1, "max_length": TOKENS, "greedy": True})["tokens"])
+            found = np.asarray(_captions(model, inputs, 1, greedy=True).tokens)[:, 0]
+            row["greedy_tokens_alike"] = float((found == wanted).mean())
+            ask = {"num_samples": SAMPLES, "max_length": TOKENS, "greedy": False}
+
+            def theirs() -> Timing:
+                told = reference.ask(ask)
+                return Timing(told["cpu_seconds"], told["wall_seconds"])
+
+            contenders["transformers"] = theirs
+        else:
+            progress("generate: transformers is not there: `make parity` makes its environment")
+        for name, run in contenders.items():
+            progress(f"generate: {name} warms up")
+            run()
+        timings = interleave(list(contenders), lambda name, _: contenders[name](), rounds)
+    seconds = {name: [timing.wall_seconds for timing in taken] for name, taken in timings.items()}
+    prefill = _prefill_seconds(model, inputs, rounds)
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    row |= {f"{name}_seconds": asdict(Spread.of(values)) for name, values in seconds.items()}
+    row |= {"prefill_seconds": asdict(prefill), "prefill_flops": clips * prefill_flops(config, 16)}
+    row["prefill_share_of_peak"] = peak and row["prefill_flops"] / prefill.median / peak
+    table = [["generate", "seconds", "clips/s", "tokens/s", "times as fast"]]
+    for name, values in seconds.items():
+        median = Spread.of(values).median
+        times = f"{ratio(values, seconds['pyvdl']):.2f}" if name != "pyvdl" else ""
+        cells = [f"{median:.3f}", f"{clips / median:.2f}", f"{clips * SAMPLES * TOKENS / median:.0f}", times]
+        table.append([name, *cells])
+    if "transformers" in seconds:
+        row["times_faster"] = ratio(seconds["transformers"], seconds["pyvdl"])
+    print(f"\n{format_table(table)}")
+    print(f"prefill: {1000 * prefill.median:.1f} ms, {row['prefill_flops'] / 1e12:.3f} TFLOP", end="")
+    print(f", {row['prefill_share_of_peak']:.0%} of peak" if peak else ", the device's peak is not known")
+    if "greedy_tokens_alike" in row:
+        print(f"greedy tokens alike: {row['greedy_tokens_alike']:.1%}")
+    return [row]
+
+
+def _prefill_seconds(model: VLM, inputs: dict[str, np.ndarray], rounds: int) -> Spread:
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def prefill(state: Any, video: jax.Array, prompt: jax.Array) -> Any:
+        made = nnx.merge(graph, state)
+        return made.language.start(*made.prefix(video, prompt), 1, TOKENS)
+
+    video, prompt = (jax.device_put(inputs[name]) for name in ("video", "prompt"))
+    jax.block_until_ready(prefill(state, video, prompt))
+    run = functools.partial(prefill, state, video, prompt)
+    return Spread.of([measure(lambda: jax.block_until_ready(run()))[1].wall_seconds for _ in range(rounds)])
+
+
+def compare_memory(config: VLMConfig) -> list[dict[str, Any]]:
+    """What the compiler plans for ten captions of a clip and for one, with a prefix of MEMORY_PREFIX tokens."""
+    frames = -(-(MEMORY_PREFIX - 16) // config.vision.num_patches)
+    size = config.vision.image_size
+    video = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
+    prompt = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    graph, state = nnx.split(nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0))))
+
+    def planned_bytes(num_samples: int) -> int:
+        def run(state: Any, video: jax.Array, prompt: jax.Array) -> Samples:
+            model = nnx.merge(graph, state)
+            return generate(model, video, prompt, num_samples=num_samples, max_length=TOKENS, top_p=0.95)
+
+        return jax.jit(run).lower(state, video, prompt).compile().memory_analysis().temp_size_in_bytes
+
+    one, ten = planned_bytes(1), planned_bytes(SAMPLES)
+    language = config.language
+    assert isinstance(language, GemmaConfig)
+    token = 2 * language.depth * language.num_kv_heads * language.head_dim * jnp.dtype(language.dtype).itemsize
+    suffixes = (SAMPLES - 1) * TOKENS * token
+    row = {"bench": "generate-memory", "one_bytes": one, "ten_bytes": ten, "suffix_bytes": suffixes}
+    row["times"] = (ten - suffixes) / one
+    prefix = frames * config.vision.num_patches + 16
+    print(
+        f"\nmemory beside the weights, prefix of {prefix} tokens: {one / 2**20:.1f} MiB for 1 caption, "
+        f"{ten / 2**20:.1f} for {SAMPLES}, of which {suffixes / 2**20:.1f} for their own tokens: "
+        f"{row['times']:.2f} times without these"
+    )
+    return [row]
+
+
+# --- training steps
+
+
+class _Repeated:
+    """One batch, again and again."""
+
+    def __init__(self, batch: dict[str, np.ndarray]) -> None:
+        self._batch = batch
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return self._batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _dual_encoder(config: DualEncoderConfig, batch: int) -> tuple[Any, Any, dict[str, np.ndarray], float]:
+    """Model, loss, a batch, and the operations of a step: backward has two products for each of forward's."""
+    rng = np.random.default_rng(0)
+    vision, text = config.vision, config.text
+    shape = (batch, vision.num_frames, vision.image_size, vision.image_size, 3)
+    ids = rng.integers(4, text.vocab_size - 1, (batch, text.context_length), np.int32)
+    ids[:, -1] = text.end_id
+    data = {"video": rng.integers(0, 256, shape, np.uint8), "text": ids, "ok": np.ones(batch, bool)}
+    forward = batch * (frame_flops(vision) + tower_flops(text, text.context_length)) + 2.0 * batch**2 * config.embed_dim
+    return DualEncoder(config, rngs=nnx.Rngs(0)), contrastive_loss_fn, data, 3 * forward
+
+
+def _vlm(config: VLMConfig, batch: int, prompt: int, target: int) -> tuple[Any, Any, dict[str, np.ndarray], float]:
+    """The same; all is trained."""
+    rng = np.random.default_rng(0)
+    vision, language = config.vision, config.language
+    assert isinstance(language, T5Config)
+    shape = (batch, config.num_frames, vision.image_size, vision.image_size, 3)
+    data: dict[str, np.ndarray] = {"video": rng.integers(0, 256, shape, np.uint8), "ok": np.ones(batch, bool)}
+    for name, length in (("prompt", prompt), ("target", target)):
+        data[name] = rng.integers(4, language.vocab_size, (batch, length), np.int32)
+    tokens = config.num_frames * vision.num_patches
+    projection = 2.0 * tokens * vision.width * language.width
+    forward = config.num_frames * frame_flops(vision) + projection + t5_flops(language, tokens + prompt, target)
+    return VLM(config, rngs=nnx.Rngs(0)), vlm_loss, data, 3 * batch * forward
+
+
+def _step_cases(platform: str) -> dict[str, Callable[[], tuple[Any, Any, dict[str, np.ndarray], float]]]:
+    if platform == "cpu":
+        small = demo(512)
+        return {
+            "dual encoder, demo": lambda: _dual_encoder(small.dual_encoder, 48),
+            "VLM, demo": lambda: _vlm(small.vlm, 16, 16, 24),
+        }
+    sizes = paper(32_128)
+    remat = dataclasses.replace(sizes.dual_encoder.vision, remat=True)
+    language = T5Config(width=1024, encoder_layers=24, decoder_layers=24, num_heads=16, mlp_dim=2816)
+    return {
+        "dual encoder, ViT-L/14": lambda: _dual_encoder(dataclasses.replace(sizes.dual_encoder, vision=remat), 64),
+        "VLM, So400m and T5-Large": lambda: _vlm(VLMConfig(vision=SO400M, language=language), 8, 64, 64),
+    }
+
+
+def time_steps(steps: int) -> list[dict[str, Any]]:
+    """Whole steps of `pyvdl.train.fit`, host and optimizer included."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    table = [["training step", "clips", "TFLOP", "ms", "TFLOP/s", "of peak"]]
+    rows = []
+    for name, make in _step_cases(jax.default_backend()).items():
+        progress(f"step: {name}")
+        model, loss, batch, flops = make()
+        optim = OptimConfig(name="adafactor", warmup_steps=2)
+        config = TrainConfig(steps=steps, batch_size=len(batch["ok"]), optim=optim, log_every=steps)
+        history = fit(model, loss, _Repeated(batch), config, progress=False)
+        seconds = history.seconds / (steps - 1)  # the first one compiles, and is not timed
+        share = peak and flops / seconds / peak
+        cells = [f"{flops / 1e12:.3f}", f"{1000 * seconds:.1f}", f"{flops / seconds / 1e12:.2f}"]
+        table.append([name, str(len(batch["ok"])), *cells, f"{share:.0%}" if share else "not known"])
+        rows.append({"bench": "step", "case": name, "flops": flops, "seconds": seconds, "share_of_peak": share})
+        rows[-1]["loss"] = float(history.losses[-1])
+    print(f"\n{format_table(table)}")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.end_to_end",
+        description="Times generation and training steps on the device at hand.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("modes", nargs="*", choices=MODES, default=MODES, help="what to time")
+    parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "end_to_end.jsonl", help="file that rows are added to"
+    )
+    options = parser.parse_args(arguments)
+    env = environment(("jax", "jaxlib", "flax", "numpy")) | {"device": jax.devices()[0].device_kind}
+    print(f"{env['device']}, {env['cpu']}, {env['cores']} cores (load {env['load']}), {env['system']}")
+    print(", ".join(f"{name} {version}" for name, version in env["packages"].items()))
+    rows: list[dict[str, Any]] = []
+    if "generate" in options.modes:
+        config, clips = GENERATE[jax.default_backend()]
+        rows += compare_generation(config, clips, options.rounds)
+        rows += compare_memory(config)
+    if "step" in options.modes:
+        rows += time_steps(2 * options.rounds + 1)
+    append_rows(options.out, {"environment": env}, rows)
+    print(f"\nrows: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
