@@ -258,7 +258,7 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--temperature", type=_non_negative, metavar="X", default=1.0, help="0 is greedy (default: 1)")
     p.add_argument("--top-p", type=_share, metavar="P", default=0.95, help="nucleus (default: 0.95)")
     p.add_argument("--max-length", type=_positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
-    p.add_argument("--prompt", help="task prompt (default: that of captions)")
+    p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
     p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
     _add_loading(p)

@@ -146,7 +146,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokeniz
     Raises ValueError naming what the directory lacks, or a tokenizer with more ids than the model knows.
     """
     source = Path(path).absolute()
-    saved = (source / "params").exists()
+    saved = not is_public(source)
     if saved and not (source / "tokenizer.json").exists() and not (source / "tokenizer_frame.json").exists():
         raise ValueError(f"{source} is not a saved model: it has no tokenizer.json")
     model = load_weights(source)
@@ -158,6 +158,11 @@ def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokeniz
     return model, tokenizer
 
 
+def is_public(path: str | os.PathLike[str]) -> bool:
+    """Whether it is, if anything, a public checkpoint: not what `save_model` wrote."""
+    return not (Path(path) / "params").exists()
+
+
 def load_weights(path: str | os.PathLike[str]) -> VLM | DualEncoder:
     """The model alone, of a folder that `save_model` wrote or of a public checkpoint (see `load_pretrained`).
 
@@ -166,7 +171,7 @@ def load_weights(path: str | os.PathLike[str]) -> VLM | DualEncoder:
     source = Path(path).absolute()
     if not source.exists():
         raise ValueError(f"{source} is not there: name a saved model or a public checkpoint")
-    if not (source / "params").exists():
+    if is_public(source):
         if source.is_dir() and not list(source.glob("*.safetensors")):
             raise ValueError(f"{source} is not a saved model: it has no params, nor safetensors of a public checkpoint")
         model = load_pretrained(source, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")

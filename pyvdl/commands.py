@@ -156,9 +156,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import caption_job, caption_records
+    from pyvdl.checkpoint import is_public
     from pyvdl.models.vlm import VLM
     from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
+    from pyvdl.text import PALIGEMMA_PROMPT
 
     records = _asked(arguments)
     model, tokenizer = _load(arguments.model)
@@ -175,6 +177,8 @@ def caption(arguments: argparse.Namespace) -> int:
     }
     if arguments.prompt is not None:
         options["prompt"] = arguments.prompt
+    elif is_public(arguments.model):
+        options["prompt"] = PALIGEMMA_PROMPT
     if arguments.out is not None:
         with reporting("caption") as report:
             size = arguments.shard_size

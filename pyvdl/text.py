@@ -18,6 +18,7 @@ BOS_ID: Final = 3  # only the dual encoder's text tower asks for it
 NUM_SPECIAL_IDS: Final = 4
 
 CAPTION_PROMPT: Final = "Generate the alt-text:"
+PALIGEMMA_PROMPT: Final = "caption en"  # what its public checkpoints were taught
 QUESTION_PROMPT: Final = "Answer in en: {question}"
 DETAIL_PROMPT: Final = "Describe the video in detail:"
 
