@@ -238,21 +238,21 @@ def test_resampling() -> None:
 
 MESH = """
 import sys, jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from pyvdl.models import load_pretrained
-mesh = jax.make_mesh((4,), ("data",))
-def place(name, shape):
-    split = [axis for axis in range(len(shape)) if shape[axis] % 4 == 0 and not (axis == 0 and "blocks" in name)]
-    spec = [None] * len(shape)
-    if split:
-        spec[split[-1]] = "data"
-    return NamedSharding(mesh, P(*spec))
-whole, split = load_pretrained(sys.argv[1], dtype="float32"), load_pretrained(sys.argv[1], dtype="float32", place=place)
+from pyvdl.sharding import make_mesh, place, put_batch
+mesh = make_mesh(2)
+whole = load_pretrained(sys.argv[1], dtype="float32")
+split = load_pretrained(sys.argv[1], dtype="float32", place=place(mesh))
 kernel = split.vision.blocks.blocks.mlp.up.kernel[...]
-assert kernel.sharding.spec == P(None, None, "data"), kernel.sharding
-assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 12)}
+assert kernel.sharding.spec == P(None, None, "model"), kernel.sharding
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 24)}
 jax.tree.map(np.testing.assert_array_equal, nnx.state(split), nnx.state(whole))
+video = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32, 3), np.uint8)
+encode = nnx.jit(lambda model, video: model.encode_video(video))
+found = encode(split, put_batch({"video": video}, mesh)["video"])
+np.testing.assert_allclose(found, encode(whole, video), atol=1e-5)
 """
 
 
