@@ -235,15 +235,21 @@ def compile_here(spec: str, topology: str, part: str, out: Path) -> None:
         program = load(spec)
     args = program.whole_args if part == "whole" and program.whole_args is not None else program.args
     mesh = every if program.partitions is not None else Mesh(devices[:1], ("chips",))
-    partitions = program.partitions or (PartitionSpec(),) * len(args)
+    # Layouts of a program on one chip are those that it wants, as they would be inside a model: what XLA takes for
+    # arguments otherwise, of an odd number of tokens for instance, it would copy.
+    free = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    layouts: dict[str, Any] = {"in_shardings": free, "out_shardings": free}
+    if program.partitions is not None:
+        layouts = {}
 
-    def place(x: Any, partition: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition))
+        def place(x: Any, partition: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition))
 
-    placed = [jax.tree.map(lambda x, p=p: place(x, p), arg) for arg, p in zip(args, partitions, strict=True)]
+        both = zip(args, program.partitions, strict=True)
+        args = tuple(jax.tree.map(lambda x, p=p: place(x, p), arg) for arg, p in both)
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(program.fn, donate_argnums=program.donated).trace(*placed)
+        traced = jax.jit(program.fn, donate_argnums=program.donated, **layouts).trace(*args)
         calls = [*pallas_calls(traced.jaxpr.jaxpr)]
         if part.isdigit():
             call = calls[int(part)]
@@ -251,10 +257,9 @@ def compile_here(spec: str, topology: str, part: str, out: Path) -> None:
             def alone(*xs: Any) -> Any:  # what the kernel is called in the profile
                 return call.primitive.bind(*xs, **call.params)
 
-            # The layouts are those that the kernel wants, or XLA would put copies around it.
-            free = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
-            jitted = jax.jit(alone, in_shardings=free, out_shardings=free)
-            traced = jitted.trace(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars))
+            traced = jax.jit(alone, in_shardings=free, out_shardings=free).trace(
+                *(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars)
+            )
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
