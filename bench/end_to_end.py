@@ -4,7 +4,8 @@ generate: several captions a clip, clips and tokens a second, beside transformer
 `make parity` has made its environment); memory with ten captions a clip beside one; the share of the device's peak in
 the prefill, where the peak is known.
 step: training steps of the dual encoder and of the video-language model: floating-point operations that the model needs
-for a step, its time, and the share of the peak.
+for a step, its time, and the share of the peak. Where there is no accelerator, the compiler's estimates for a TPU v5e
+stand beside it.
 
 Weights are random. Operations are counted by formula, for what the model needs and not for what is computed again.
 """
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench import tpu_static
 from bench.common import (
     ROOT,
     Spread,
@@ -289,7 +291,11 @@ class _Repeated:
         pass
 
 
-def _dual_encoder(config: DualEncoderConfig, batch: int) -> tuple[Any, Any, dict[str, np.ndarray], float]:
+type Case = tuple[Any, Any, dict[str, np.ndarray], float]
+type Make = Callable[[Callable[[], Any]], Any]  # nnx.eval_shape, or a call
+
+
+def _dual_encoder(make: Make, config: DualEncoderConfig, batch: int) -> Case:
     """Model, loss, a batch, and the operations of a step: backward has two products for each of forward's."""
     rng = np.random.default_rng(0)
     vision, text = config.vision, config.text
@@ -298,10 +304,10 @@ def _dual_encoder(config: DualEncoderConfig, batch: int) -> tuple[Any, Any, dict
     ids[:, -1] = text.end_id
     data = {"video": rng.integers(0, 256, shape, np.uint8), "text": ids, "ok": np.ones(batch, bool)}
     forward = batch * (frame_flops(vision) + tower_flops(text, text.context_length)) + 2.0 * batch**2 * config.embed_dim
-    return DualEncoder(config, rngs=nnx.Rngs(0)), contrastive_loss_fn, data, 3 * forward
+    return make(lambda: DualEncoder(config, rngs=nnx.Rngs(0))), contrastive_loss_fn, data, 3 * forward
 
 
-def _vlm(config: VLMConfig, batch: int, prompt: int, target: int) -> tuple[Any, Any, dict[str, np.ndarray], float]:
+def _vlm(make: Make, config: VLMConfig, batch: int, prompt: int, target: int) -> Case:
     """The same; all is trained."""
     rng = np.random.default_rng(0)
     vision, language = config.vision, config.language
@@ -313,22 +319,25 @@ def _vlm(config: VLMConfig, batch: int, prompt: int, target: int) -> tuple[Any, 
     tokens = config.num_frames * vision.num_patches
     projection = 2.0 * tokens * vision.width * language.width
     forward = config.num_frames * frame_flops(vision) + projection + t5_flops(language, tokens + prompt, target)
-    return VLM(config, rngs=nnx.Rngs(0)), vlm_loss, data, 3 * batch * forward
+    return make(lambda: VLM(config, rngs=nnx.Rngs(0))), vlm_loss, data, 3 * batch * forward
 
 
-def _step_cases(platform: str) -> dict[str, Callable[[], tuple[Any, Any, dict[str, np.ndarray], float]]]:
-    if platform == "cpu":
-        small = demo(512)
-        return {
-            "dual encoder, demo": lambda: _dual_encoder(small.dual_encoder, 48),
-            "VLM, demo": lambda: _vlm(small.vlm, 16, 16, 24),
-        }
-    sizes = paper(32_128)
-    remat = dataclasses.replace(sizes.dual_encoder.vision, remat=True)
-    language = T5Config(width=1024, encoder_layers=24, decoder_layers=24, num_heads=16, mlp_dim=2816)
+def small_cases() -> dict[str, Callable[[Make], Case]]:
+    small = demo(512)
     return {
-        "dual encoder, ViT-L/14": lambda: _dual_encoder(dataclasses.replace(sizes.dual_encoder, vision=remat), 64),
-        "VLM, So400m and T5-Large": lambda: _vlm(VLMConfig(vision=SO400M, language=language), 8, 64, 64),
+        "dual encoder, demo": lambda make: _dual_encoder(make, small.dual_encoder, 48),
+        "VLM, demo": lambda make: _vlm(make, small.vlm, 16, 16, 24),
+    }
+
+
+def accelerator_cases() -> dict[str, Callable[[Make], Case]]:
+    sizes = paper(32_128).dual_encoder
+    remat = dataclasses.replace(sizes, vision=dataclasses.replace(sizes.vision, remat=True))
+    vision = dataclasses.replace(SO400M, remat=True)
+    language = T5Config(width=1024, encoder_layers=24, decoder_layers=24, num_heads=16, mlp_dim=2816, remat=True)
+    return {
+        "dual encoder, ViT-L/14": lambda make: _dual_encoder(make, remat, 32),
+        "VLM, So400m and T5-Large": lambda make: _vlm(make, VLMConfig(vision=vision, language=language), 4, 64, 64),
     }
 
 
@@ -337,9 +346,10 @@ def time_steps(steps: int) -> list[dict[str, Any]]:
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     table = [["training step", "clips", "TFLOP", "ms", "TFLOP/s", "of peak"]]
     rows = []
-    for name, make in _step_cases(jax.default_backend()).items():
+    cases = small_cases() if jax.default_backend() == "cpu" else accelerator_cases()
+    for name, make in cases.items():
         progress(f"step: {name}")
-        model, loss, batch, flops = make()
+        model, loss, batch, flops = make(lambda create: create())
         optim = OptimConfig(name="adafactor", warmup_steps=2)
         config = TrainConfig(steps=steps, batch_size=len(batch["ok"]), optim=optim, log_every=steps)
         history = fit(model, loss, _Repeated(batch), config, progress=False)
@@ -350,6 +360,27 @@ def time_steps(steps: int) -> list[dict[str, Any]]:
         rows.append({"bench": "step", "case": name, "flops": flops, "seconds": seconds, "share_of_peak": share})
         rows[-1]["loss"] = float(history.losses[-1])
     print(f"\n{format_table(table)}")
+    return rows
+
+
+def estimate_steps() -> list[dict[str, Any]]:
+    """What a step would take on a TPU v5e, without the optimizer."""
+    table = [["step on TPU v5e: an estimate, not measured", "TFLOP", "ms", "of peak", "HBM temporaries"]]
+    rows = []
+    for number, name in enumerate(accelerator_cases()):
+        progress(f"step on TPU v5e: {name}")
+        try:
+            found = tpu_static.estimate(f"bench.tpu_steps:step({number})", "v5e")
+        except tpu_static.EstimateError as error:
+            print(f"step on TPU v5e, {name}: no estimate: {error}")
+            continue
+        cells = [f"{found.flops / 1e12:.2f}", f"{1000 * found.seconds:.0f}", f"{found.useful:.0%}"]
+        table.append([name, *cells, f"{found.temporary_bytes / 2**30:.1f} GiB"])
+        rows.append({"bench": "step-v5e", "case": name, "nothing_measured": True, **asdict(found)})
+        if found.broken:
+            print(f"step on TPU v5e, {name}: INVALID: {'; '.join(found.broken)}")
+    print(f"\n{format_table(table)}")
+    print("Pallas kernels by libtpu's simulator, all else by XLA's own estimates of its fusions.")
     return rows
 
 
@@ -375,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += compare_memory(config)
     if "step" in options.modes:
         rows += time_steps(2 * options.rounds + 1)
+        if jax.default_backend() == "cpu":
+            rows += estimate_steps()
     append_rows(options.out, {"environment": env}, rows)
     print(f"\nrows: {options.out}")
 

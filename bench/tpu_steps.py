@@ -1,0 +1,26 @@
+"""Training steps as programs for bench.tpu_static: loss and gradients of all parameters, without the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bench.end_to_end import accelerator_cases
+from bench.tpu_static import Program
+
+
+def step(number: int) -> Program:
+    """One of bench.end_to_end's steps at the size that accelerators get."""
+    make = list(accelerator_cases().values())[number]
+    model, loss, batch, flops = make(nnx.eval_shape)
+    graph, state = nnx.split(model)
+
+    def gradients(state: Any, batch: Any) -> Any:
+        return jax.grad(lambda state: loss(nnx.merge(graph, state), batch)[0])(state)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)), batch)
+    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return Program(fn=gradients, args=(state, shapes), flops=flops, products=(), hbm_bytes=2 * parameters)
