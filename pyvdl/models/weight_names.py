@@ -352,7 +352,7 @@ def hf_t5(config: T5Config, ours: str = "") -> Iterator[Rule]:
     yield rule(f"{ours}embedding", "shared.weight")
     yield rule(f"{ours}head", "lm_head.weight", codec=LINEAR)
     for side, depth in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
-        layer, block = f"{side}.block.{{}}.layer", f"{ours}{side}.blocks.blocks"
+        layer, block = f"{side}.block.{{}}.layer", f"{ours}{side}.blocks"
         linear = functools.partial(rule, codec=LINEAR, depth=depth)
         mine = f"{layer}.0.SelfAttention"
         yield rule(f"{ours}{side}_bias.table", f"{mine.format(0)}.relative_attention_bias.weight")
