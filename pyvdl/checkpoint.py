@@ -128,7 +128,7 @@ def save_model(
         description = {
             "pyvdl": pyvdl.__version__,
             "class": type(config).__name__,
-            "config": dataclasses.asdict(config),
+            "config": _to_dict(config),
         }
         (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(temporary)
@@ -206,6 +206,35 @@ def load_config(path: str | os.PathLike[str]) -> VLMConfig | DualEncoderConfig:
     return _from_dict(kind, found.get("config"), str(source))
 
 
+def _to_dict(config: Any) -> dict[str, Any]:
+    """The settings; those of a group that can be of several classes name theirs."""
+    hints = typing.get_type_hints(type(config))
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            named = {"class": type(value).__name__} if len(_kinds(hints[field.name])) > 1 else {}
+            value = named | _to_dict(value)
+        result[field.name] = value
+    return result
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The classes of settings that a field with this annotation can hold."""
+    return [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+
+
+def _group_from_dict(kinds: list[type], values: Any, where: str) -> Any:
+    """Reads a group of settings. One that names no class is of the first: T5, once the only language model."""
+    if len(kinds) == 1 or not isinstance(values, dict) or "class" not in values:
+        return _from_dict(kinds[0], values, where)
+    name = values["class"]
+    for kind in kinds:
+        if kind.__name__ == name:
+            return _from_dict(kind, {key: value for key, value in values.items() if key != "class"}, where)
+    raise ValueError(f"{where}: class {name!r} is none of {', '.join(kind.__name__ for kind in kinds)}; {_REMEDY}")
+
+
 def _from_dict(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is damaged, it has no settings of a {kind.__name__}: {_REMEDY}")
@@ -216,8 +245,8 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
             f"{where}: unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(hints))}"
         )
     read = {
-        name: _from_dict(hints[name], value, where)
-        if dataclasses.is_dataclass(hints[name])
+        name: _group_from_dict(kinds, value, where)
+        if (kinds := _kinds(hints[name]))
         else tuple(value)  # which JSON calls a list
         if isinstance(value, list)
         else value

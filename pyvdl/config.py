@@ -89,11 +89,50 @@ class T5Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GemmaConfig:
+    """A Gemma 1 or 2 decoder: RMSNorm, rotary positions, few key heads, gated MLP, tied head. Defaults: Gemma 1, 2B."""
+
+    vocab_size: int = 257_216
+    width: int = 2048
+    depth: int = 18
+    num_heads: int = 8
+    num_kv_heads: int = 1  # query head n reads key head n // (num_heads // num_kv_heads)
+    head_dim: int = 256
+    mlp_dim: int = 16384
+    activation: Activation = "gelu_tanh"
+    post_norms: bool = False  # Gemma 2: what attention and MLP add is normed too
+    attention_softcap: float | None = None  # Gemma 2: 50; scores become softcap * tanh(scores / softcap)
+    final_softcap: float | None = None  # Gemma 2: 30; the same of the logits
+    window: int | None = None  # Gemma 2: 4096 tokens, in layers 0, 2, 4, ...; see `pyvdl.models.Gemma`
+    query_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    rope_theta: float = 1e4
+    norm_epsilon: float = 1e-6
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs: head_dim must be even, not {self.head_dim}")
+        _above(self, 0, "rope_theta", "norm_epsilon")
+        for name in ("attention_softcap", "final_softcap", "query_scale"):
+            if getattr(self, name) is not None:
+                _above(self, 0, name)
+        if self.window is not None:
+            _at_least(self, 1, "window")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VLMConfig:
-    """The paper's video-language model: frames through the tower one by one, their tokens projected, read by the LM."""
+    """Frames through the tower one by one, their tokens projected, read by the language model.
+
+    With a T5 this is the paper's model (PaLI-3's shape), with a Gemma it is PaliGemma.
+    """
 
     vision: ViTConfig = field(default_factory=ViTConfig)
-    language: T5Config = field(default_factory=T5Config)
+    language: T5Config | GemmaConfig = field(default_factory=T5Config)
     num_frames: int = 8  # section 4.1
     fps: float = 2.0  # section 4.1
 

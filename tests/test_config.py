@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pyvdl.config import (
+    GemmaConfig,
     Preset,
     TextTowerConfig,
     TrainConfig,
@@ -95,6 +98,29 @@ def test_an_override_cannot_make_an_impossible_model() -> None:
 def test_a_value_out_of_range_is_named_with_its_path(assignment: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         override_training(TrainConfig(steps=100), VLMConfig(), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_kv_heads": 3}, "num_heads 8 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 7}, "head_dim must be even, not 7"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"final_softcap": 0.0}, "final_softcap must be above 0"),
+    ],
+)
+def test_ranges_of_a_gemma(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        GemmaConfig(**changes)
+
+
+def test_overrides_reach_whichever_language_model_there_is() -> None:
+    config = VLMConfig(language=GemmaConfig())
+    after = override(config, ["language.window=4096", "language.attention_softcap=50"]).language
+    assert isinstance(after, GemmaConfig)
+    assert (after.window, after.attention_softcap) == (4096, 50)
+    with pytest.raises(ValueError, match=r"'language\.encoder_layers': GemmaConfig has"):
+        override(config, ["language.encoder_layers=2"])
 
 
 def test_ranges_of_a_text_tower() -> None:
