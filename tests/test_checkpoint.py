@@ -21,7 +21,7 @@ import pytest
 from flax import nnx
 
 from pyvdl.checkpoint import Checkpointer, load_config, load_model, save_model
-from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import WordTokenizer
@@ -143,6 +143,21 @@ def vlm(seed: int = 0) -> VLM:
     return VLM(VLMConfig(vision=VISION, language=language, num_frames=2), rngs=nnx.Rngs(seed))
 
 
+def gemma_vlm(seed: int = 0) -> VLM:
+    language = GemmaConfig(
+        vocab_size=TOKENIZER.vocab_size,
+        width=8,
+        depth=2,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=16,
+        post_norms=True,
+        final_softcap=30.0,
+        dtype="float32",
+    )
+    return VLM(VLMConfig(vision=VISION, language=language, num_frames=2), rngs=nnx.Rngs(seed))
+
+
 def dual_encoder(seed: int = 0) -> DualEncoder:
     text = TextTowerConfig(
         vocab_size=TOKENIZER.vocab_size, context_length=6, width=8, depth=2, num_heads=2, mlp_dim=16, dtype="float32"
@@ -151,7 +166,7 @@ def dual_encoder(seed: int = 0) -> DualEncoder:
     return DualEncoder(DualEncoderConfig(vision=vision, text=text, embed_dim=4), rngs=nnx.Rngs(seed))
 
 
-@pytest.mark.parametrize("build", [vlm, dual_encoder])
+@pytest.mark.parametrize("build", [vlm, gemma_vlm, dual_encoder])
 def test_a_saved_model_comes_back(build: Any, tmp_path: Path) -> None:
     model = build(1)
     save_model(tmp_path / "model", model, model.config, TOKENIZER)
@@ -160,6 +175,20 @@ def test_a_saved_model_comes_back(build: Any, tmp_path: Path) -> None:
     assert found.config == model.config
     assert tokenizer.words == TOKENIZER.words
     assert_same(nnx.state(found), nnx.state(model))
+
+
+def test_the_settings_name_the_kind_of_language_model(tmp_path: Path) -> None:
+    model = vlm()
+    save_model(tmp_path, model, model.config, TOKENIZER)
+    path = tmp_path / "config.json"
+    found = json.loads(path.read_text())
+    assert found["config"]["language"].pop("class") == "T5Config"
+    path.write_text(json.dumps(found))  # as it was written before there was a choice
+    assert load_config(tmp_path) == model.config
+    found["config"]["language"]["class"] = "GPTConfig"
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="'GPTConfig' is none of T5Config, GemmaConfig"):
+        load_config(tmp_path)
 
 
 def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:

@@ -139,20 +139,17 @@ def test_relative_bias_is_a_table_of_buckets(causal: bool) -> None:
 
 
 def test_vlm_shapes(vlm: VLM) -> None:
-    memory, mask = apply(vlm, "encode", jnp.asarray(frames(0, 2, 3)), jnp.asarray([[5, 6, 0], [7, 8, 9]]))
-    assert memory.shape == (2, 3 * 16 + 3, 24)
+    tokens, mask = apply(vlm, "prefix", jnp.asarray(frames(0, 2, 3)), jnp.asarray([[5, 6, 0], [7, 8, 9]]))
+    assert tokens.shape == (2, 3 * 16 + 3, 24)
     assert mask[:, -3:].tolist() == [[True, True, False], [True] * 3]
     assert mask[:, :-3].all()
     logits = apply(vlm, "__call__", frames(0, 2, 3), jnp.asarray([[5, 6, 0], [7, 8, 9]]), jnp.asarray(ids(0, 2, 7)))
     assert (logits.shape, logits.dtype) == ((2, 7, 40), jnp.float32)
 
 
-def test_frames_of_the_vlm_do_not_see_each_other_before_the_language_model(
-    vlm: VLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(T5, "encode", lambda self, x, mask: x)
+def test_frames_of_the_vlm_do_not_see_each_other_before_the_language_model(vlm: VLM) -> None:
     video, order = frames(0, 1, 3), [2, 0, 1]
-    seen = [vlm.encode(jnp.asarray(v), jnp.asarray([[5]]))[0] for v in (video, video[:, order])]
+    seen = [apply(vlm, "prefix", v, jnp.asarray([[5]]))[0] for v in (video, video[:, order])]
     tokens, permuted = (np.asarray(x[0, :48]).reshape(3, 16, 24) for x in seen)
     np.testing.assert_allclose(permuted, tokens[order], atol=1e-5)
     assert np.abs(tokens[0] - tokens[1]).max() > 0.01
@@ -192,7 +189,7 @@ def test_cached_steps_equal_the_full_pass(activation: Any) -> None:
     tokens = ids(1, 2, 3, 7)  # three samples of each of two rows
     tokens[:, :, 0] = 0
     graphdef, state = nnx.split(model)
-    step = jax.jit(lambda s, t, c: nnx.merge(graphdef, s).decode_step(t, c))
+    step = jax.jit(lambda s, t, c: nnx.merge(graphdef, s).step(t, c))
     cache = model.start_cache(memory, mask, 3, 8)
     assert cache.memory_keys.shape == (3, 2, 9, 3, 8)  # one memory for all samples of a row
     wanted = apply(

@@ -39,25 +39,37 @@ class Stack(nnx.Module):
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """Applies block after block: x = block(x, *args, **kwargs)."""
 
-        def body(block: Any, x: Array) -> Array:
-            return block(x, *args, **kwargs)
+        def body(block: Any, x: Array) -> tuple[Array, None]:
+            return block(x, *args, **kwargs), None
 
-        return self.scan(body, x)
+        return self.scan(body, x)[0]
 
-    def scan(self, body: Callable[..., Any], carry: Any, *xs: Any) -> Any:
-        """carry = body(block, carry, *x) over the blocks, with x the slices of `xs` on axis 0."""
+    def scan(self, body: Callable[..., tuple[Any, Any]], carry: Any, *xs: Any) -> tuple[Any, Any]:
+        """carry, y = body(block, carry, *x) over the blocks, x the slices of `xs` on axis 0 -> carry and stacked y."""
         graphdef, state = nnx.split(self.blocks)
 
-        def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
             block_state, x = inputs
-            return body(nnx.merge(graphdef, block_state), carry, *x), None
+            return body(nnx.merge(graphdef, block_state), carry, *x)
 
         # Without remat the backward pass keeps products with weights and computes the rest (norms, GELU, attention)
         # again: that costs no more time than writing it out for every layer, and memory grows with S, not with S * S.
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if self.remat else policies.dots_with_no_batch_dims_saveable
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        return jax.lax.scan(step, carry, (state, xs))[0]
+        carry, ys = jax.lax.scan(step, carry, (state, xs))
+        return carry, ys
+
+
+def valid_lengths(mask: Array) -> Array:
+    """bool[B, S] -> int32[B], one past the last True."""
+    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
+
+
+def take_samples(x: Array, parents: Array) -> Array:
+    """x [layers, B, n, ...] with sample i of clip b replaced by its sample parents[b, i]; parents int32[B, n]."""
+    # Mapped over the clips, so that a batch split over devices stays where it is.
+    return jax.vmap(lambda rows, parent: rows[:, parent], in_axes=(1, 0), out_axes=1)(x, parents)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -196,4 +208,6 @@ __all__ = [
     "attention",
     "relative_buckets",
     "space_time_attention",
+    "take_samples",
+    "valid_lengths",
 ]

@@ -16,11 +16,12 @@ from jax import Array
 
 from pyvdl.config import T5Config
 
-from .layers import RelativeBias, Stack, attention
+from .layers import RelativeBias, Stack, attention, take_samples, valid_lengths
 
 # Deviation of the initial position biases. At T5's own width**-0.5 a short training cannot move them far enough for
 # heads to look at chosen distances, and does not learn in which order things stand; checkpoints bring their own.
 _BIAS_SCALE = 4.0
+START_ID = 0  # of the decoder; also padding
 
 
 def _dense(shape: tuple[int, ...], scale: float, rngs: nnx.Rngs) -> nnx.Param:
@@ -76,8 +77,9 @@ class CrossAttention(nnx.Module):
         return kv[:, :, 0], kv[:, :, 1]
 
     def __call__(self, x: Array, keys: Array, values: Array, lengths: Array) -> Array:
-        """x [B, M, E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid."""
-        q = (self.norm(x) @ self.query[...].astype(x.dtype)).reshape(*x.shape[:2], *self.heads)
+        """x [B * n, M, E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid -> as x."""
+        # The n texts of a clip are the queries of one attention over its memory.
+        q = (self.norm(x) @ self.query[...].astype(x.dtype)).reshape(keys.shape[0], -1, *self.heads)
         mixed = attention(q, keys, values, kv_lengths=lengths, scale=1.0)
         return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
 
@@ -101,7 +103,7 @@ class DecoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(self, x: Array, memory: Array, bias: Array, lengths: Array) -> Array:
-        """x [B, M, E], bias float32[1, N, M, M], memory [B, S, E] of `lengths` int32[B] valid tokens -> [B, M, E]."""
+        """x [B * n, M, E], bias float32[1, N, M, M], memory [B, S, E] of `lengths` int32[B] valid tokens -> as x."""
         q, k, v = self.attention.project(x)
         x = x + self.attention.merge(attention(q, k, v, causal=True, bias=bias, scale=1.0))
         x = x + self.cross(x, *self.cross.keys_values(memory), lengths)
@@ -111,8 +113,8 @@ class DecoderBlock(nnx.Module):
 class Cache(NamedTuple):
     """What decoding carries from token to token. The samples of a clip share its memory: it is held once a clip."""
 
-    keys: Array  # [layers, B * n, M, N, D] of the tokens decoded so far
-    values: Array  # [layers, B * n, M, N, D]
+    keys: Array  # [layers, B, n, M, N, D] of the tokens decoded so far
+    values: Array  # [layers, B, n, M, N, D]
     memory_keys: Array  # [layers, B, S, N, D]
     memory_values: Array  # [layers, B, S, N, D]
     memory_lengths: Array  # int32[B]
@@ -120,7 +122,7 @@ class Cache(NamedTuple):
 
 
 class T5(nnx.Module):
-    """Encoder-decoder; token ids 0 (padding, decoder start) and 1 (end) are the caller's business."""
+    """Encoder-decoder language model; which token ends a text is the caller's business."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -155,13 +157,23 @@ class T5(nnx.Module):
         """[B, S, E] and bool[B, S], True for tokens and False for the padding after them -> [B, S, E]."""
         x = x.astype(self.config.dtype)
         bias = self.encoder_bias(x.shape[1])
-        return self.encoder_norm(self.encoder(x, bias, _lengths(mask)))
+        return self.encoder_norm(self.encoder(x, bias, valid_lengths(mask)))
 
     def decode(self, ids: Array, memory: Array, memory_mask: Array) -> Array:
-        """int32[B, M] already shifted right, [B, S, E], bool[B, S] -> float32 logits [B, M, V]."""
-        bias = self.decoder_bias(ids.shape[1])
-        x = self.decoder(self.embed(ids), memory.astype(self.config.dtype), bias, _lengths(memory_mask))
-        return self._logits(x)
+        """int32[B * n, M] already shifted right, [B, S, E], bool[B, S] -> float32 logits [B * n, M, V]."""
+        return self.logits(self._decode(ids, memory, memory_mask))
+
+    def forced(self, tokens: Array, mask: Array, target: Array) -> Array:
+        """See `LanguageModel`."""
+        shifted = jnp.pad(target[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=START_ID)
+        x = self._decode(shifted.reshape(-1, target.shape[2]), self.encode(tokens, mask), mask)
+        return x.reshape(*target.shape, -1)
+
+    def start(self, tokens: Array, mask: Array, num_samples: int, length: int) -> tuple[Array, Cache]:
+        """See `LanguageModel`."""
+        cache = self.start_cache(self.encode(tokens, mask), mask, num_samples, length)
+        logits, cache = self.step(jnp.full((tokens.shape[0], num_samples), START_ID, jnp.int32), cache)
+        return logits[:, 0], cache
 
     def start_cache(self, memory: Array, memory_mask: Array, num_samples: int, length: int) -> Cache:
         """Cache for `num_samples` continuations of up to `length` tokens of each row of memory [B, S, E]."""
@@ -171,14 +183,14 @@ class T5(nnx.Module):
         kv = jnp.einsum("bse,leh->lbsh", memory, kernels)
         kv = kv.reshape(*kv.shape[:3], 2, config.num_heads, config.head_dim)
         memory_keys, memory_values = kv[:, :, :, 0], kv[:, :, :, 1]
-        shape = (config.decoder_layers, memory.shape[0] * num_samples, length, config.num_heads, config.head_dim)
+        shape = (config.decoder_layers, memory.shape[0], num_samples, length, config.num_heads, config.head_dim)
         zeros = jnp.zeros(shape, config.dtype)
-        return Cache(zeros, zeros, memory_keys, memory_values, _lengths(memory_mask), jnp.zeros((), jnp.int32))
+        return Cache(zeros, zeros, memory_keys, memory_values, valid_lengths(memory_mask), jnp.zeros((), jnp.int32))
 
-    def decode_step(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
-        """int32[B, n], one token of each sample -> float32 logits [B, n, V] of the next one, and the cache with it."""
+    def step(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+        """See `LanguageModel`."""
         batch, samples = ids.shape
-        position, length = cache.position, cache.keys.shape[2]
+        position, length = cache.position, cache.keys.shape[3]
         bias = self.decoder_bias.row(position, length)
         lengths = jnp.full((batch * samples,), position + 1)
 
@@ -188,33 +200,35 @@ class T5(nnx.Module):
             layer: Array,
             memory_keys: Array,
             memory_values: Array,
-        ) -> tuple[Array, Array, Array]:
+        ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry  # x [B * n, 1, E]
-            q, k, v = block.attention.project(x)
+            q, k, v = (part.reshape(batch, samples, *part.shape[1:]) for part in block.attention.project(x))
             # The caches are carried whole and written in place, one token of one layer at a time.
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, position, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, position, 0, 0))
-            mixed = attention(q, keys[layer], values[layer], kv_lengths=lengths, bias=bias, scale=1.0)
-            x = x + block.attention.merge(mixed)
-            # The samples of a clip are the queries of one attention over its memory.
-            shared = x.reshape(batch, samples, -1)
-            shared = shared + block.cross(shared, memory_keys, memory_values, cache.memory_lengths)
-            x = shared.reshape(x.shape)
-            return x + block.mlp(x), keys, values
+            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, 0, position, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, 0, position, 0, 0))
+            q, k, v = (part.reshape(-1, *part.shape[2:]) for part in (q, keys[layer], values[layer]))
+            x = x + block.attention.merge(attention(q, k, v, kv_lengths=lengths, bias=bias, scale=1.0))
+            x = x + block.cross(x, memory_keys, memory_values, cache.memory_lengths)
+            return (x + block.mlp(x), keys, values), None
 
         x = self.embed(ids).reshape(batch * samples, 1, -1)
         layers = jnp.arange(self.config.decoder_layers)
-        x, keys, values = self.decoder.scan(
+        (x, keys, values), _ = self.decoder.scan(
             step, (x, cache.keys, cache.values), layers, cache.memory_keys, cache.memory_values
         )
-        logits = self._logits(x.reshape(batch, samples, -1))
+        logits = self.logits(self.decoder_norm(x).reshape(batch, samples, -1))
         return logits, cache._replace(keys=keys, values=values, position=position + 1)
 
-    def _logits(self, x: Array) -> Array:
-        x = self.decoder_norm(x)
+    def reorder(self, cache: Cache, parents: Array) -> Cache:
+        """See `LanguageModel`."""
+        return cache._replace(keys=take_samples(cache.keys, parents), values=take_samples(cache.values, parents))
+
+    def logits(self, x: Array) -> Array:
+        """See `LanguageModel`."""
         return jnp.einsum("...e,ev->...v", x, self.head[...].astype(x.dtype), preferred_element_type=jnp.float32)
 
-
-def _lengths(mask: Array) -> Array:
-    """bool[B, S] -> int32[B], one past the last True."""
-    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
+    def _decode(self, ids: Array, memory: Array, memory_mask: Array) -> Array:
+        """As `decode`, the states before the head."""
+        bias = self.decoder_bias(ids.shape[1])
+        memory = memory.astype(self.config.dtype)
+        return self.decoder_norm(self.decoder(self.embed(ids), memory, bias, valid_lengths(memory_mask)))

@@ -1,15 +1,44 @@
-"""The paper's video-language model: a per-frame vision tower, a projection, and an encoder-decoder language model."""
+"""The video-language model: a per-frame vision tower, a projection, and a language model of either kind."""
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from pyvdl.config import VLMConfig
+from pyvdl.config import T5Config, VLMConfig
 
+from .gemma import Gemma
 from .t5 import T5
 from .vit import ViT
+
+
+class LanguageModel(Protocol):
+    """What a language model does for a VLM and for generation, whether it is an encoder-decoder or a decoder.
+
+    The prefix (visual tokens, then the prompt) comes as tokens [B, S, E] and mask bool[B, S], False for the padding at
+    the end. Its n texts share it: whatever is computed from the prefix exists once a clip.
+    """
+
+    def embed(self, ids: Array) -> Array:
+        """int32[...] -> [..., E], as they stand in a prefix."""
+
+    def forced(self, tokens: Array, mask: Array, target: Array) -> Array:
+        """The prefix and given texts int32[B, n, M] -> [B, n, M, E], the states that predict each of their tokens."""
+
+    def logits(self, x: Array) -> Array:
+        """Such states [..., E] -> float32[..., V]."""
+
+    def start(self, tokens: Array, mask: Array, num_samples: int, length: int) -> tuple[Array, Any]:
+        """The prefix -> float32 logits [B, V] of the first token, and a cache for n texts of up to `length` tokens."""
+
+    def step(self, ids: Array, cache: Any) -> tuple[Array, Any]:
+        """int32[B, n], the next token of each text -> float32 logits [B, n, V] after it, and the cache with it."""
+
+    def reorder(self, cache: Any, parents: Array) -> Any:
+        """The cache in which text i of a clip goes on from its text parents[:, i]; int32[B, n]."""
 
 
 class VLM(nnx.Module):
@@ -26,10 +55,13 @@ class VLM(nnx.Module):
         self.projection = nnx.Linear(
             config.vision.width, config.language.width, dtype=jnp.dtype(config.language.dtype), rngs=rngs
         )
-        self.language = T5(config.language, rngs=rngs)
+        language = config.language
+        self.language: LanguageModel = (
+            T5(language, rngs=rngs) if isinstance(language, T5Config) else Gemma(language, rngs=rngs)
+        )
 
-    def encode(self, video: Array | None, prompt: Array) -> tuple[Array, Array]:
-        """uint8[B, T, H, W, 3] (None: text only) and int32[B, L] padded with 0 -> memory [B, T*P + L, E], bool mask."""
+    def prefix(self, video: Array | None, prompt: Array) -> tuple[Array, Array]:
+        """uint8[B, T, H, W, 3] (None: text only), int32[B, L] padded with 0 -> tokens [B, T*P + L, E], bool mask."""
         tokens = self.language.embed(prompt)
         mask = prompt != 0
         if video is not None:
@@ -40,10 +72,9 @@ class VLM(nnx.Module):
             visual = self.projection(visual.reshape(batch, frames * self.config.vision.num_patches, -1))
             tokens = jnp.concatenate([visual, tokens], axis=1)
             mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), mask], axis=1)
-        return self.language.encode(tokens, mask), mask
+        return tokens, mask
 
     def __call__(self, video: Array | None, prompt: Array, target: Array) -> Array:
-        """As `encode`, and int32[B, M] -> float32 logits [B, M, V]; position i predicts target[:, i]."""
-        memory, mask = self.encode(video, prompt)
-        shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)))  # the decoder starts from id 0
-        return self.language.decode(shifted, memory, mask)
+        """As `prefix`, and int32[B, M] -> float32 logits [B, M, V]; position i predicts target[:, i]."""
+        states = self.language.forced(*self.prefix(video, prompt), target[:, None])
+        return self.language.logits(states[:, 0])
