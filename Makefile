@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/soak/*.cpp tests/soak/*.h bench/*.cpp)
 
-.PHONY: help env libtpu demo test lint soak clean
+.PHONY: help env libtpu demo test lint soak goldens parity clean
 
 help:
 	@echo "make demo   set up, then run the whole method on a small corpus of real encoded videos (report in demo/)"
@@ -13,6 +13,8 @@ help:
 	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), and look for races and leaks"
 	@echo "make libtpu set up, then fetch the TPU compiler (make test does too); bench.tpu_aot needs it, a TPU it does not"
 	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make parity set up, then compare with PyTorch's transformers at random seeds and real layer shapes; PYTHON= a"
+	@echo "            Python that PyTorch has a build for (python3.12), SEED= of the weights"
 
 env: .venv/.made
 
@@ -41,6 +43,29 @@ libtpu: build/libtpu/.made
 
 test: lint libtpu
 	$(PY) -m pytest tests
+
+# The reference implementation has an environment of its own. PyTorch's build for CPUs does, where pip can be led to it.
+PYTHON ?= python3.12
+SEED ?= $(shell date +%s)
+PARITY := build/parity/env/bin/python
+REFERENCE := PYTHONPATH=tests $(PARITY) -P -m parity
+
+build/parity/env/.made: tests/parity/requirements.txt
+	rm -rf build/parity/env
+	$(PYTHON) -m venv build/parity/env
+	$(PARITY) -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# Makes the committed goldens anew; the same versions make the same ones.
+goldens: build/parity/env/.made
+	$(REFERENCE).make_goldens tests/parity/golden
+
+parity: env build/parity/env/.made
+	rm -rf build/parity/again build/parity/live build/parity/exports
+	$(REFERENCE).make_goldens build/parity/again --against tests/parity/golden
+	$(REFERENCE).make_goldens build/parity/live --seed $(SEED) --real
+	$(PY) -m tests.parity.compare_live build/parity/live --exports build/parity/exports
+	$(REFERENCE).check_exports build/parity/exports build/parity/live
 
 soak: env
 	$(PY) -m tests.soak

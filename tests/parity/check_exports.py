@@ -1,0 +1,60 @@
+"""Loads what pyvdl exported in `transformers` and compares it with the goldens.
+
+Runs in the environment of `make parity`:
+    PYTHONPATH=tests python -P -m parity.check_exports build/parity/exports build/parity/live
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.parity.families import MODELS, compute
+from tests.parity.make_goldens import REAL, TINY
+
+TOLERANCE = 1e-4  # relative to the output's root mean square
+
+
+def load(family: str, folder: Path) -> Any:
+    """The exported model in float32; every tensor must find its place."""
+    model, report = MODELS[family][1].from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    wrong = {kind: names for kind, names in report.items() if names}
+    if wrong:
+        raise SystemExit(f"{folder}: {wrong}")
+    return model.eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compares exported models with what they were loaded from.")
+    parser.add_argument("exports", type=Path)
+    parser.add_argument("goldens", type=Path)
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    failed = 0
+    for name, case in (TINY | REAL).items():
+        if not (arguments.exports / name).exists():
+            continue
+        with np.load(arguments.goldens / f"{name}.npz") as arrays:
+            golden = dict(arrays)
+        for output, value in compute(case, load(case.family, arguments.exports / name), golden).items():
+            wanted = golden[output]
+            if output == "greedy":
+                error, agrees = float(np.mean(value != wanted)), np.array_equal(value, wanted)
+            else:
+                error = float(np.abs(value - wanted).max() / np.sqrt(np.mean(np.square(wanted))))
+                agrees = error <= TOLERANCE
+            print(f"{name:20} {output:18} {error:9.1e}{'' if agrees else '  FAILED'}", flush=True)
+            failed += not agrees
+    print(f"{failed} outputs of exported models differ" if failed else "all exported models agree")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

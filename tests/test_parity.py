@@ -1,0 +1,84 @@
+"""Checkpoints of every family give what `transformers` computes with them, in every format.
+
+The goldens in tests/parity/golden come from `make goldens`; tests/parity/golden/versions.json tells what made them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyvdl.models.weights import load_pretrained, save_pretrained
+from pyvdl.tokenizers import load_tokenizer
+from tests.parity.compare import Difference, cases, compare, differences
+
+GOLDEN = Path(__file__).parent / "parity" / "golden"
+OTHER_FORMATS = (
+    ("clip-openai-open-clip", "clip-openai"),
+    ("clip-laion-open-clip", "clip-laion"),
+    ("siglip-big-vision.npz", "siglip"),
+    ("siglip-big-vision-scan.npz", "siglip"),
+    ("paligemma-big-vision.npz", "paligemma"),
+    ("paligemma2-big-vision.npz", "paligemma2"),
+)
+
+
+def check(found: list[Difference]) -> None:
+    wrong = [f"{d.output} {d.shape}: {d.error:.1e}" for d in found if not d.agrees]
+    assert not wrong, wrong
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def test_there_are_goldens_of_every_family() -> None:
+    wanted = {"clip-laion", "clip-openai", "paligemma", "paligemma2", "siglip", "siglip2", "t5", "ul2"}
+    assert set(cases(GOLDEN)) == wanted
+
+
+@pytest.mark.parametrize("name", cases(GOLDEN))
+def test_outputs_are_those_of_transformers(name: str) -> None:
+    check(compare(GOLDEN / name, GOLDEN / f"{name}.npz")[1])
+
+
+@pytest.mark.parametrize(("path", "name"), OTHER_FORMATS)
+def test_other_formats_hold_the_same_model(path: str, name: str) -> None:
+    model = load_pretrained(GOLDEN / path, dtype="float32")
+    check(differences(model, golden(name), big_vision=path.endswith(".npz")))
+
+
+@pytest.mark.parametrize("name", cases(GOLDEN))
+def test_an_exported_model_loads_again(name: str, tmp_path: Path) -> None:
+    save_pretrained(load_pretrained(GOLDEN / name, dtype="float32"), tmp_path / "exported")
+    check(compare(tmp_path / "exported", GOLDEN / f"{name}.npz")[1])
+
+
+@pytest.mark.parametrize("kind", ["t5", "siglip", "paligemma", "clip", "clip of two files"])
+def test_tokenizers_give_the_ids_of_transformers(kind: str, tmp_path: Path) -> None:
+    goldens = json.loads((GOLDEN / "tokenizers.json").read_text(encoding="utf-8"))
+    name = {"paligemma": "gemma"}.get(kind, kind.split()[0])
+    folder = GOLDEN / f"tokenizer-{name}"
+    if kind == "clip of two files":
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copyfile(folder / file, tmp_path / file)
+        folder = tmp_path
+    tokenizer = load_tokenizer(folder, kind.split()[0])
+    length = 1 + max(map(len, goldens[name]["ids"]))
+    for text, ids, decoded in zip(goldens["texts"], goldens[name]["ids"], goldens[name]["decoded"], strict=True):
+        if kind == "paligemma":
+            (row,) = tokenizer.encode_prompts([text], length)
+        else:
+            row = tokenizer.encode(text, length, bos=True)
+        np.testing.assert_array_equal(row, ids + [tokenizer.pad_id] * (length - len(ids)), err_msg=repr(text))
+        begin = int(name == "clip")
+        assert tokenizer.decode(row[begin:]) == decoded.strip(), text
+
+
+def test_goldens_are_small() -> None:
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 5 * 2**20
