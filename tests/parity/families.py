@@ -86,8 +86,10 @@ def _drawn(case: Case, name: str, noise: torch.Tensor) -> torch.Tensor:
         return noise
     if module.endswith("position_embedding"):
         return 0.5 * noise
-    if module.endswith("embed_tokens"):  # Gemma multiplies by the root of the width
-        return noise * noise.shape[1] ** -0.5
+    if module.endswith("embed_tokens"):
+        # Gemma multiplies by the root of the width, and its head is the same matrix: a token that weighed more in the
+        # residual would be likeliest to follow itself.
+        return 0.3 * noise * noise.shape[1] ** -0.5
     if noise.ndim == 1:
         centre = 1.0 if leaf == "weight" and "language_model" not in name else 0.0  # Gemma's norms scale by 1 + weight
         return centre + 0.2 * noise

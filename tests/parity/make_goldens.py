@@ -168,7 +168,7 @@ TINY = {
             model_type="gemma2",
             query_pre_attn_scalar=10,
             attn_logit_softcapping=4.0,
-            final_logit_softcapping=6.0,
+            final_logit_softcapping=1.0,
             sliding_window=9,
         ),
         GEMMA_VOCAB,
@@ -177,7 +177,7 @@ TINY = {
     ),
     "t5": Case(
         family="t5",
-        config=_t5(48, 3, 16, 72, vocab_size=T5_VOCAB + 28, num_decoder_layers=3),
+        config=_t5(48, 3, 16, 72, 3, vocab_size=T5_VOCAB + 28, num_decoder_layers=2),
         vocab=T5_VOCAB,
         prompt=40,
         dtype=HALF,

@@ -12,9 +12,9 @@ from typing import Any
 
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, SiglipTokenizer
 
-CLIP_VOCAB, T5_VOCAB, GEMMA_VOCAB = 600, 240, 420  # ids, the special ones included
+CLIP_VOCAB, T5_VOCAB, GEMMA_VOCAB = 600, 170, 420  # ids, the special ones included
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 LEARNED = (
     "A red ball rolls slowly across the wooden floor and stops at the wall.",
@@ -48,7 +48,7 @@ TEXTS = (
 
 
 def make_tokenizers(out: Path) -> None:
-    """Folders tokenizer-{t5,gemma,siglip,clip} and tokenizers.json in `out`."""
+    """Folders tokenizer-{t5,gemma,clip} and tokenizers.json in `out`."""
     # As T5 and SigLIP: unigram pieces, NFKC.
     unigram = _sentencepiece(model_type="unigram", vocab_size=T5_VOCAB, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     # As Gemma: byte pair encoding, bytes for what has no piece, digits apart, spaces and case kept, newline a piece.
@@ -70,23 +70,21 @@ def make_tokenizers(out: Path) -> None:
         user_defined_symbols=["\n"],
     )
     _folder(out / "tokenizer-t5", {"spiece.model": unigram}, tokenizer_class="T5Tokenizer", extra_ids=28)
-    _folder(out / "tokenizer-siglip", {"spiece.model": unigram}, tokenizer_class="SiglipTokenizer", model_max_length=16)
     _folder(out / "tokenizer-gemma", {"tokenizer.model": gemma}, tokenizer_class="GemmaTokenizer", add_bos_token=True)
     vocab, merges = _byte_pairs()
     clip = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False, indent=0).encode(),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
     }
-    _folder(out / "tokenizer-clip", clip, tokenizer_class="CLIPTokenizer", model_max_length=20)
+    _folder(out / "tokenizer-clip", clip, tokenizer_class="CLIPTokenizer")
+    loaded = {kind: AutoTokenizer.from_pretrained(out / f"tokenizer-{kind}") for kind in ("t5", "gemma", "clip")}
+    loaded["siglip"] = SiglipTokenizer(vocab_file=str(out / "tokenizer-t5" / "spiece.model"))
+    loaded["clip"].backend_tokenizer.save(str(out / "tokenizer-clip" / "tokenizer.json"))
     goldens: dict[str, Any] = {"texts": TEXTS}
-    for kind in ("t5", "siglip", "gemma", "clip"):
-        folder = out / f"tokenizer-{kind}"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    for kind, tokenizer in loaded.items():
         # PaliGemma's prompts end in a newline.
         ids = [tokenizer(text + "\n" if kind == "gemma" else text).input_ids for text in TEXTS]
         goldens[kind] = {"ids": ids, "decoded": [tokenizer.decode(row, skip_special_tokens=True) for row in ids]}
-        if kind == "clip":
-            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     (out / "tokenizers.json").write_text(json.dumps(goldens, ensure_ascii=False, indent=1) + "\n")
 
 
