@@ -254,7 +254,8 @@ def compare_memory(config: VLMConfig) -> list[dict[str, Any]]:
             model = nnx.merge(graph, state)
             return generate(model, video, prompt, num_samples=num_samples, max_length=TOKENS, top_p=0.95)
 
-        return jax.jit(run).lower(state, video, prompt).compile().memory_analysis().temp_size_in_bytes
+        memory: Any = jax.jit(run).lower(state, video, prompt).compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
     one, ten = planned_bytes(1), planned_bytes(SAMPLES)
     language = config.language

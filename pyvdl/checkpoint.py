@@ -221,7 +221,9 @@ def _to_dict(config: Any) -> dict[str, Any]:
 
 def _kinds(hint: Any) -> list[type]:
     """The classes of settings that a field with this annotation can hold."""
-    return [kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)]
+    return [
+        kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
 
 
 def _group_from_dict(kinds: list[type], values: Any, where: str) -> Any:

@@ -227,7 +227,8 @@ def load_tokenizer(folder: str | os.PathLike[str], kind: str | None = None) -> T
     saved = where / "tokenizer_frame.json"
     if kind is None and saved.exists():
         found = json.loads(saved.read_text(encoding="utf-8"))
-        frame = Frame(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        parts: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        frame = Frame(**parts)
         return PretrainedTokenizer(_pieces(where), frame, where)
     if kind is None and _is_word_tokenizer(where / "tokenizer.json"):
         return WordTokenizer.load(where / "tokenizer.json")

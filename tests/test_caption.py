@@ -23,7 +23,7 @@ from pyvdl.caption import (
     encode_prompts,
     read_captions,
 )
-from pyvdl.config import ClipConfig, toy
+from pyvdl.config import ClipConfig, T5Config, toy
 from pyvdl.data import Record
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
@@ -46,6 +46,7 @@ def model(tokenizer: WordTokenizer) -> VLM:
 
 def tiny_vlm(tokenizer: WordTokenizer) -> VLM:
     config = toy(tokenizer.vocab_size).vlm
+    assert isinstance(config.language, T5Config)
     vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
     language = dataclasses.replace(
         config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyvdl.config import ClipConfig, toy
+from pyvdl.config import ClipConfig, T5Config, toy
 from pyvdl.data import Question, Record
 from pyvdl.evaluate import (
     class_embeddings,
@@ -40,6 +40,7 @@ def tokenizer() -> WordTokenizer:
 @pytest.fixture(scope="module")
 def vlm(tokenizer: WordTokenizer) -> VLM:
     config = toy(tokenizer.vocab_size).vlm
+    assert isinstance(config.language, T5Config)
     vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
     language = dataclasses.replace(
         config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1

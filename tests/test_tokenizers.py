@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pyvdl.tokenizers import load_tokenizer
 TEXTS = ["a dog runs over the green field", "two red balls roll to the left", "the man opens a box, then he sits down"]
 
 
-def sentence_pieces(path: Path, **ids: int) -> None:
+def sentence_pieces(path: Path, **ids: Any) -> None:
     SentencePieceTrainer.Train(
         sentence_iterator=iter(TEXTS * 20),
         model_prefix=str(path.with_suffix("")),

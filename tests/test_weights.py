@@ -124,7 +124,7 @@ def test_openai_names_and_settings(clip: tuple[DualEncoder, Path], tmp_path: Pat
     renamed["visual.proj"] = np.ascontiguousarray(arrays["visual_projection.weight"].T)
     renamed["text_projection"] = np.ascontiguousarray(arrays["text_projection.weight"].T)
     save_file(renamed, tmp_path / "open_clip_model.safetensors")
-    settings = {
+    settings: dict[str, Any] = {
         "model_cfg": {"quick_gelu": True, "vision_cfg": {"head_width": 16}, "text_cfg": {"heads": 2}},
         "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]},
     }
@@ -171,7 +171,7 @@ def test_what_is_no_checkpoint_is_refused(clip: tuple[DualEncoder, Path], tmp_pa
     (tmp_path / "model.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="cannot be read as npz"):
         load_pretrained(tmp_path / "model.npz")
-    np.savez(tmp_path / "other.npz", **{"params/x": np.zeros(2)})
+    np.savez(tmp_path / "other.npz", x=np.zeros(2))
     with pytest.raises(ValueError, match="neither SigLIP nor PaliGemma"):
         load_pretrained(tmp_path / "other.npz")
 
@@ -201,7 +201,7 @@ def test_parameters_in_bfloat16(clip: tuple[DualEncoder, Path]) -> None:
     found = load_pretrained(clip[1], param_dtype="bfloat16")
     assert found.config.vision.dtype == "bfloat16"  # type: ignore[union-attr]
     assert {x.dtype for x in jax.tree.leaves(nnx.state(found))} == {jnp.dtype("bfloat16")}
-    video = np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
+    video = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8))
     assert isinstance(found, DualEncoder)
     cosine = jnp.sum(found.encode_video(video) * clip[0].encode_video(video), axis=-1)
     assert float(cosine.min()) > 0.99

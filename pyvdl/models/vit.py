@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class DividedBlock(Block):
             rngs=rngs,
         )
 
-    def __call__(self, x: Array, attend: functools.partial[Array]) -> Array:
+    def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
         """x [B, S, E]; `attend` takes a `mode` too."""
         x = x + self.time(x, functools.partial(attend, mode="time"))
         return super().__call__(x, functools.partial(attend, mode="space"))

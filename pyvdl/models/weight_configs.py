@@ -31,13 +31,23 @@ def _pixels(preprocessor: Mapping[str, Any], mean: tuple[float, ...], std: tuple
 
 
 # What transformers takes for what a config.json does not say.
-_CLIP_VISION = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12}
+_CLIP_VISION: dict[str, Any] = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12}
 _CLIP_VISION |= {"num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5}
-_CLIP_TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12}
+_CLIP_TEXT: dict[str, Any] = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+}
 _CLIP_TEXT |= {"num_attention_heads": 8, "intermediate_size": 2048, "layer_norm_eps": 1e-5, "eos_token_id": 49407}
-_SIGLIP_VISION = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12}
+_SIGLIP_VISION: dict[str, Any] = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12}
 _SIGLIP_VISION |= {"num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-6}
-_SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "hidden_size": 768, "num_hidden_layers": 12}
+_SIGLIP_TEXT: dict[str, Any] = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 64,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+}
 _SIGLIP_TEXT |= {"num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-6}
 
 
@@ -84,7 +94,7 @@ def clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dtyp
 
 
 def siglip_vision(found: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dtype) -> ViTConfig:
-    vision = _SIGLIP_VISION | found
+    vision = _SIGLIP_VISION | dict(found)
     return ViTConfig(
         **_patches(vision),
         **_tower(vision),

@@ -31,13 +31,13 @@ class Difference(NamedTuple):
 
 def compare(checkpoint: Path, golden: Path) -> tuple[Any, list[Difference]]:
     """The model that `checkpoint` holds, and how its outputs differ from those in `golden`."""
-    model = load_pretrained(checkpoint, dtype="float32")
+    model: Any = load_pretrained(checkpoint, dtype="float32")
     with np.load(golden) as file:
         arrays = dict(file)
     found = differences(model, arrays)
     if "images_larger" in arrays:
         images = arrays["images_larger"]
-        larger = load_pretrained(checkpoint, dtype="float32", image_size=images.shape[1])
+        larger: Any = load_pretrained(checkpoint, dtype="float32", image_size=images.shape[1])
         found.append(_difference("image_embeds_larger", _see(larger, images), arrays))
     return model, found
 

@@ -299,7 +299,8 @@ def save_big_vision(case: Case, model: Any, path: Path) -> None:
     if case.family == "siglip":
         heads = {"vision_heads": vision_heads, "text_heads": model.config.text_config.num_attention_heads}
         for style, scan in (("", False), ("-scan", True)):
-            np.savez(path.with_name(f"{path.name}{style}.npz"), **formats.big_vision_siglip(state, **heads, scan=scan))
+            named = formats.big_vision_siglip(state, **heads, scan=scan)
+            np.savez(path.with_name(f"{path.name}{style}.npz"), **named)  # type: ignore[arg-type]
         return
     text = model.config.text_config
     named = formats.big_vision_paligemma(
@@ -309,7 +310,7 @@ def save_big_vision(case: Case, model: Any, path: Path) -> None:
         kv_heads=text.num_key_value_heads,
         vocab=case.vocab,
     )
-    np.savez(path.with_name(f"{path.name}.npz"), **{name: _stored(case, value) for name, value in named.items()})
+    np.savez(path.with_name(f"{path.name}.npz"), **{name: _stored(case, value) for name, value in named.items()})  # type: ignore[arg-type]
 
 
 def _stored(case: Case, value: np.ndarray) -> np.ndarray:
@@ -346,7 +347,7 @@ def make(name: str, case: Case, out: Path, seed: int) -> None:
         save_big_vision(case, model, out / f"{name}-big-vision")
     if name in ("paligemma", "paligemma2"):
         outputs["big_vision_logits"] = as_big_vision_runs_it(case, model, inputs)
-    np.savez_compressed(out / f"{name}.npz", **inputs, **outputs)
+    np.savez_compressed(out / f"{name}.npz", **inputs, **outputs)  # type: ignore[arg-type]
     print(f"{name}: " + ", ".join(f"{key} {value.shape}" for key, value in outputs.items()), flush=True)
 
 
