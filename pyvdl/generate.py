@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from pyvdl.models.vlm import VLM
+from pyvdl.models.t5 import T5
+from pyvdl.models.vlm import VLM, LanguageModel
 from pyvdl.sampling import ban_repeats, is_any, keep_nucleus, keep_top_k, token_log_probs
 
 END_ID = 1  # of pyvdl's own tokenizer, and of those of T5 and Gemma
@@ -45,7 +46,7 @@ class _Settings(NamedTuple):
 
 
 def generate(
-    model: VLM,
+    model: VLM | T5,
     video: Array | np.ndarray | None,
     prompt: Array | np.ndarray,
     *,
@@ -67,7 +68,7 @@ def generate(
     seeds do not cause another, nor do prompts of other lengths: they are padded to the next of a few (`bucket`).
 
     Args:
-        model: in any dtype.
+        model: in any dtype. A T5 alone has no video.
         video: uint8[B, T, H, W, 3], or None for text alone.
         prompt: int32[B, L], padded with 0 at the end.
         num_samples: n.
@@ -101,7 +102,7 @@ def generate(
             raise ValueError(f"num_samples must be at most num_beams = {num_beams}, not {num_samples}")
         if temperature not in (0, 1) or top_p < 1 or top_k is not None:
             raise ValueError("beam search draws nothing: num_beams above 1 goes without temperature, top_p and top_k")
-    prompt = _prepared(video, prompt)
+    prompt = _prepared(model, video, prompt)
     batch = prompt.shape[0]
     if isinstance(seeds, int | np.integer):
         seeds = (np.arange(batch) + int(seeds)).astype(np.uint32)
@@ -132,7 +133,7 @@ def generate(
 
 
 def score(
-    model: VLM,
+    model: VLM | T5,
     video: Array | np.ndarray | None,
     prompt: Array | np.ndarray,
     target: Array | np.ndarray,
@@ -145,7 +146,7 @@ def score(
     target: int32[B, n, M]. A text goes up to its first end id; without one, to the last token that is not padding. Its
     clip is encoded once for all n. The other arguments are those of `generate`.
     """
-    prompt = _prepared(video, prompt)
+    prompt = _prepared(model, video, prompt)
     if target.ndim != 3 or target.shape[0] != prompt.shape[0] or 0 in target.shape:
         raise ValueError(f"target must be int32[{prompt.shape[0]}, n, M], not {target.shape}")
     graphdef, state = nnx.split(model)
@@ -170,8 +171,10 @@ def _check_at_least(least: int, **values: int) -> None:
             raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
-def _prepared(video: Array | np.ndarray | None, prompt: Array | np.ndarray) -> Array:
+def _prepared(model: VLM | T5, video: Array | np.ndarray | None, prompt: Array | np.ndarray) -> Array:
     """The prompts on the device, padded to their bucket."""
+    if video is not None and not isinstance(model, VLM):
+        raise ValueError(f"video must be None: a {type(model).__name__} alone reads text")
     if prompt.ndim != 2 or (video is not None and video.shape[0] != prompt.shape[0]):
         shape = None if video is None else video.shape
         raise ValueError(f"prompt must be int32[B, L] with the video's B, not {prompt.shape} for a video of {shape}")
@@ -203,9 +206,9 @@ def _generate(
     *,
     settings: _Settings,
 ) -> Samples:
-    model = nnx.merge(graphdef, state)
+    language, tokens, mask = _read(nnx.merge(graphdef, state), video, prompt)
     if settings.num_beams > 1:
-        return _search_beams(model, video, prompt, settings)
+        return _search_beams(language, tokens, mask, settings)
     samples, length = settings.num_samples, settings.max_length
     shape = (prompt.shape[0], samples)
     keys = jax.vmap(lambda seed: jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(samples)))(
@@ -239,10 +242,10 @@ def _generate(
         )
 
     def advance(s: _Drawn) -> _Drawn:
-        logits, cache = model.language.step(_at(s.tokens, s.step - 1), s.cache)
+        logits, cache = language.step(_at(s.tokens, s.step - 1), s.cache)
         return extend(s._replace(cache=cache), logits)
 
-    logits, cache = model.language.start(*model.prefix(video, prompt), samples, length)
+    logits, cache = language.start(tokens, mask, samples, length)
     start = _Drawn(
         step=jnp.zeros((), jnp.int32),
         cache=cache,
@@ -268,9 +271,9 @@ class _Beams(NamedTuple):
     done: Array  # bool[B]
 
 
-def _search_beams(model: VLM, video: Array | None, prompt: Array, settings: _Settings) -> Samples:
+def _search_beams(language: LanguageModel, tokens: Array, mask: Array, settings: _Settings) -> Samples:
     """See `generate`."""
-    beams, length, batch = settings.num_beams, settings.max_length, prompt.shape[0]
+    beams, length, batch = settings.num_beams, settings.max_length, tokens.shape[0]
     shape = (batch, beams)
     # Of so many candidates at least `beams` go on, even if each beam's text could end in every way.
     count = (1 + len(settings.end_ids)) * beams
@@ -310,11 +313,11 @@ def _search_beams(model: VLM, video: Array | None, prompt: Array, settings: _Set
         return after, _rows(parents, going)
 
     def advance(s: _Beams) -> _Beams:
-        logits, cache = model.language.step(_at(s.tokens, s.step - 1), s.cache)
+        logits, cache = language.step(_at(s.tokens, s.step - 1), s.cache)
         after, parents = extend(s, logits)
-        return after._replace(cache=model.language.reorder(cache, parents))
+        return after._replace(cache=language.reorder(cache, parents))
 
-    logits, cache = model.language.start(*model.prefix(video, prompt), beams, length)
+    logits, cache = language.start(tokens, mask, beams, length)
     empty = jnp.full((*shape, length), settings.pad_id, jnp.int32)
     none = jnp.full(shape, -jnp.inf)
     start = _Beams(
@@ -342,17 +345,24 @@ def _score(
     end_ids: tuple[int, ...],
     pad_id: int,
 ) -> Array:
-    model = nnx.merge(graphdef, state)
-    states = model.language.forced(*model.prefix(video, prompt), target)
+    language, tokens, mask = _read(nnx.merge(graphdef, state), video, prompt)
+    states = language.forced(tokens, mask, target)
     # Place by place: logits of all tokens at once would be larger than anything else.
     log_probs = jax.lax.map(
-        lambda place: token_log_probs(model.language.logits(place[0]), place[1]),
+        lambda place: token_log_probs(language.logits(place[0]), place[1]),
         (jnp.moveaxis(states, 2, 0), jnp.moveaxis(target, 2, 0)),
     )
     ends = jnp.cumsum(is_any(target, end_ids), axis=-1)
     padding = jnp.cumprod(target[..., ::-1] == pad_id, axis=-1)[..., ::-1].astype(bool)
     counts = jnp.where(ends[..., -1:] > 0, ends - is_any(target, end_ids) == 0, ~padding)
     return jnp.sum(jnp.where(counts, jnp.moveaxis(log_probs, 0, 2), 0), axis=-1)
+
+
+def _read(model: VLM | T5, video: Array | None, prompt: Array) -> tuple[LanguageModel, Array, Array]:
+    """The language model, its prefix [B, S, E] and the mask bool[B, S]."""
+    if isinstance(model, VLM):
+        return model.language, *model.prefix(video, prompt)
+    return model, model.embed(prompt), prompt != 0
 
 
 def _at(tokens: Array, place: Array) -> Array:

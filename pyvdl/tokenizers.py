@@ -84,7 +84,7 @@ class _SentencePieces:
         return self._model.EncodeAsIds(text)
 
     def text(self, ids: list[int]) -> str:
-        return self._model.DecodeIds([i for i in ids if i < self.vocab_size])
+        return self._model.DecodeIds([i for i in ids if i < self.vocab_size and i != self._model.unk_id()]).strip()
 
 
 class _HuggingFacePieces:
@@ -102,7 +102,7 @@ class _HuggingFacePieces:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def text(self, ids: list[int]) -> str:
-        return self._model.decode(ids).strip()
+        return self._model.decode(ids).replace("</w>", " ").strip()  # which ends a word of CLIP's
 
 
 class _ClipPieces(_HuggingFacePieces):
@@ -126,9 +126,6 @@ class _ClipPieces(_HuggingFacePieces):
         )
         self._model.decoder = decoders.ByteLevel()
         self.vocab_size = self._model.get_vocab_size()
-
-    def text(self, ids: list[int]) -> str:
-        return super().text(ids).replace("</w>", " ").strip()
 
 
 def _tokenizers(path: Path) -> Any:

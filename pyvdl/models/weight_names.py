@@ -37,7 +37,8 @@ class Codec(NamedTuple):
 
 SAME = Codec(lambda x: x, lambda x: x)
 LINEAR = Codec(lambda x: x.T, lambda x: x.T)  # PyTorch's [out, in]
-LIST = Codec(lambda x: x.reshape(()), lambda x: x.reshape(1))  # a number in a list of one
+SCALAR = Codec(lambda x: x.reshape(()), lambda x: x)
+LIST = Codec(SCALAR.read, lambda x: x.reshape(1))  # a number in a list of one
 ROW = Codec(lambda x: x[0], lambda x: x[None])
 ROWS = Codec(lambda x: x[0, 0], lambda x: x[None, None])
 
@@ -109,7 +110,8 @@ def _class_and_positions(theirs_class: str, theirs_positions: str) -> Rule:
     """CLIP gives its class token a place, first: one sum of two vectors that are both learned. Back, the place is 0."""
 
     def join(token: np.ndarray, positions: np.ndarray) -> Arrays:
-        return token + positions[0], positions[1:]
+        # Not in half precision, which a file may have: the sum is no number of the file's.
+        return token.astype(np.float32) + positions[0].astype(np.float32), positions[1:]
 
     def split(token: np.ndarray, positions: np.ndarray) -> Arrays:
         return token, np.concatenate([np.zeros_like(positions[:1]), positions])
@@ -154,7 +156,7 @@ def hf_clip(config: DualEncoderConfig) -> Iterator[Rule]:
     yield from _norm("text.norm", f"{text}.final_layer_norm")
     yield rule("vision_projection.kernel", "visual_projection.weight", codec=LINEAR)
     yield rule("text_projection.kernel", "text_projection.weight", codec=LINEAR)
-    yield rule("logit_scale", "logit_scale")
+    yield rule("logit_scale", "logit_scale", codec=SCALAR)
 
 
 def hf_siglip(config: DualEncoderConfig) -> Iterator[Rule]:
@@ -212,7 +214,7 @@ def openai_clip(config: DualEncoderConfig) -> Iterator[Rule]:
     yield from _norm("text.norm", "ln_final")
     yield rule("vision_projection.kernel", "visual.proj")
     yield rule("text_projection.kernel", "text_projection")
-    yield rule("logit_scale", "logit_scale")
+    yield rule("logit_scale", "logit_scale", codec=SCALAR)
 
 
 # --- big_vision: SigLIP and PaliGemma

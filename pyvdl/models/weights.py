@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -254,11 +255,11 @@ def _check(
     free = {name for rule in rules if resized and {*rule.ours} & {*_RESAMPLED} for name in rule.theirs}
     faults = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in theirs]
     faults += [f"unknown {name}" for name in theirs if name not in wanted and not name.endswith(_IGNORED)]
-    faults += [
-        f"{name} is {list(theirs[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in theirs and theirs[name] != shape and name not in free
-    ]
+    for name, shape in wanted.items():
+        # A number may be a list of one, as in some of OpenCLIP's.
+        number = name in theirs and math.prod(shape) == math.prod(theirs[name]) == 1
+        if name in theirs and theirs[name] != shape and name not in free and not number:
+            faults.append(f"{name} is {list(theirs[name])}, not {list(shape)}")
     if faults:
         raise ValueError(f"{where} does not hold the weights that its settings ask for: {'; '.join(faults)}")
 
