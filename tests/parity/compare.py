@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from pyvdl.generate import generate
-from pyvdl.models import T5, DualEncoder
+from pyvdl.models import T5, VLM, DualEncoder
 from pyvdl.models.weights import load_pretrained
 
 TOLERANCE = 1e-4  # of every output, relative to its root mean square
@@ -38,7 +38,7 @@ def compare(checkpoint: Path, golden: Path) -> tuple[Any, list[Difference]]:
     if "images_larger" in arrays:
         images = arrays["images_larger"]
         larger: Any = load_pretrained(checkpoint, dtype="float32", image_size=images.shape[1])
-        found.append(_difference("image_embeds_larger", _see(larger, images), arrays))
+        found.append(_difference("image_embeds_larger", np.asarray(_see(larger, images)), arrays))
     return model, found
 
 
@@ -68,68 +68,70 @@ def _difference(name: str, value: np.ndarray, golden: dict[str, np.ndarray]) -> 
 
 
 def _dual_encoder(model: DualEncoder, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    images, text = golden["images"], golden["text"]
-    tokens = np.asarray(nnx.jit(lambda m, x: m.vision(x))(model, images))
+    tokens, pooled, video, texts, logits = _run_dual_encoder(model, golden["images"], golden["text"])
     if model.config.vision.class_token:
         tokens = np.roll(tokens, 1, axis=1)  # stands last here and first there
-    video, texts, scale, bias = nnx.jit(lambda m, x, y: m(x, y))(model, images[:, None], text)
-    logits = scale * jnp.dot(video, texts.T) + (0 if bias is None else bias)
     return {
-        "vision_tokens": tokens,
-        "image_embeds": _see(model, images),
-        "text_pooled": np.asarray(nnx.jit(lambda m, x: m.text(x))(model, text)),
-        "text_embeds": np.asarray(nnx.jit(lambda m, x: m.encode_text(x))(model, text)),
+        "vision_tokens": np.asarray(tokens),
+        "image_embeds": np.asarray(video),
+        "text_pooled": np.asarray(pooled),
+        "text_embeds": np.asarray(texts),
         "logits_per_image": np.asarray(logits),
     }
 
 
-def _see(model: DualEncoder, images: np.ndarray) -> np.ndarray:
-    return np.asarray(nnx.jit(lambda m, x: m.encode_video(x))(model, images[:, None]))
+# Compiled once for all models of one structure: a checkpoint is read in several formats.
+@nnx.jit
+def _run_dual_encoder(model: DualEncoder, images: Any, text: Any) -> tuple[Any, ...]:
+    video, texts, scale, bias = model(images[:, None], text)
+    logits = scale * jnp.dot(video, texts.T) + (0 if bias is None else bias)
+    return model.vision(images), model.text(text), video, texts, logits
 
 
-def _vlm(model: Any, golden: dict[str, np.ndarray], big_vision: bool) -> dict[str, np.ndarray]:
+@nnx.jit
+def _see(model: DualEncoder, images: Any) -> Any:
+    return model.encode_video(images[:, None])
+
+
+def _vlm(model: VLM, golden: dict[str, np.ndarray], big_vision: bool) -> dict[str, np.ndarray]:
     images, prompt, target = golden["images"], golden["prompt"], golden["target"]
-    batch, frames = images.shape[:2]
-
-    @nnx.jit
-    def see(model: Any, images: Any) -> tuple[Any, Any]:
-        tokens = model.vision(images)
-        return tokens, model.projection(tokens)
-
-    tokens, projected = see(model, images.reshape(batch * frames, *images.shape[2:]))
+    tokens, projected, logits = _run_vlm(model, images, prompt, target)
     out = {
         "vision_tokens": np.asarray(tokens).reshape(golden["vision_tokens"].shape),
         "projected": np.asarray(projected).reshape(golden["projected"].shape),
     }
-    answer = nnx.jit(lambda m, v, p, t: m(v, p, t))
-    logits = np.asarray(answer(model, images, prompt, target))
     if big_vision:
-        return out | {"big_vision_logits": logits}
+        return out | {"big_vision_logits": np.asarray(logits)}
     return out | {
-        "logits": logits,
-        "logits_one_frame": np.asarray(answer(model, images[:, :1], prompt, target)),
+        "logits": np.asarray(logits),
+        "logits_one_frame": np.asarray(_run_vlm(model, images[:, :1], prompt, target)[-1]),
         "greedy": _greedy(model, images, prompt, golden),
     }
 
 
+@nnx.jit
+def _run_vlm(model: VLM, images: Any, prompt: Any, target: Any) -> tuple[Any, Any, Any]:
+    tokens = model.vision(images.reshape(-1, *images.shape[2:]))
+    return tokens, model.projection(tokens), model(images, prompt, target)
+
+
 def _t5(model: T5, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    prompt, target = golden["prompt"], golden["target"]
-
-    @nnx.jit
-    def run(model: T5, prompt: Any, target: Any) -> tuple[Any, Any]:
-        mask = prompt != 0
-        memory = model.encode(model.embed(prompt), mask)
-        return memory, model.decode(jnp.pad(target[:, :-1], ((0, 0), (1, 0))), memory, mask)
-
-    memory, logits = run(model, prompt, target)
+    memory, logits = _run_t5(model, golden["prompt"], golden["target"])
     return {
         "memory": np.asarray(memory),
         "logits": np.asarray(logits),
-        "greedy": _greedy(model, None, prompt, golden),
+        "greedy": _greedy(model, None, golden["prompt"], golden),
     }
 
 
-def _greedy(model: Any, video: np.ndarray | None, prompt: np.ndarray, golden: dict[str, np.ndarray]) -> np.ndarray:
+@nnx.jit
+def _run_t5(model: T5, prompt: Any, target: Any) -> tuple[Any, Any]:
+    mask = prompt != 0
+    memory = model.encode(model.embed(prompt), mask)
+    return memory, model.decode(jnp.pad(target[:, :-1], ((0, 0), (1, 0))), memory, mask)
+
+
+def _greedy(model: VLM | T5, video: np.ndarray | None, prompt: np.ndarray, golden: dict[str, np.ndarray]) -> np.ndarray:
     length = golden["greedy"].shape[1]
     return np.asarray(generate(model, video, prompt, max_length=length, temperature=0).tokens)[:, 0]
 

@@ -264,7 +264,7 @@ def save_open_clip(case: Case, model: Any, folder: Path) -> None:
     numpy_dtype = {torch.float16: np.float16, torch.float32: np.float32}[case.dtype]
     # Contiguous: safetensors writes an array's memory as it lies.
     save_file(
-        {name: np.ascontiguousarray(value, numpy_dtype) for name, value in named.items()},
+        {name: np.array(value, numpy_dtype, order="C") for name, value in named.items()},
         folder / "open_clip_model.safetensors",
     )
     settings = {
