@@ -121,8 +121,9 @@ class _Transformers:
     """The process that runs transformers on the same weights and inputs."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        # -P: our own modules must not be taken for libraries of the same name.
         self._process = subprocess.Popen(
-            [REFERENCE, "-m", "bench.transformers_worker"],
+            [REFERENCE, "-P", ROOT / "bench" / "transformers_worker.py"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

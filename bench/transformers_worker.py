@@ -1,15 +1,15 @@
 """The reference of `bench.end_to_end`: transformers' generate in an environment of its own (`make parity` makes it).
 
-Reads one JSON object a line and answers with one. This module imports bench.common and, when asked, PyTorch.
+Reads one JSON object a line and answers with one. It runs under whatever Python there is a PyTorch for, and so imports
+nothing of ours.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
-
-from bench.common import measure, package_versions
 
 
 class Reference:
@@ -39,32 +39,30 @@ class Reference:
         if greedy:
             options = {"num_return_sequences": 1, "do_sample": False}
 
-        def run() -> Any:
-            with self._torch.inference_mode():
-                found = self._model.generate(
-                    input_ids=self._ids,
-                    pixel_values=self._pixels,
-                    attention_mask=self._torch.ones_like(self._ids),
-                    max_new_tokens=max_length,
-                    min_new_tokens=max_length,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                    **options,
-                )
-                return found.cpu()
-
-        tokens, timing = measure(run)
+        wall, cpu = time.perf_counter(), time.process_time()
+        with self._torch.inference_mode():
+            found = self._model.generate(
+                input_ids=self._ids,
+                pixel_values=self._pixels,
+                attention_mask=self._torch.ones_like(self._ids),
+                max_new_tokens=max_length,
+                min_new_tokens=max_length,
+                eos_token_id=None,
+                pad_token_id=0,
+                **options,
+            ).cpu()
         return {
-            "wall_seconds": timing.wall_seconds,
-            "cpu_seconds": timing.cpu_seconds,
-            "tokens": tokens[:, self._ids.shape[1] :].tolist() if greedy else [],
+            "wall_seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "tokens": found[:, self._ids.shape[1] :].tolist() if greedy else [],
         }
 
 
 def main() -> None:
     start = json.loads(sys.stdin.readline())
     reference = Reference(**start)
-    print(json.dumps(package_versions(("torch", "transformers"))), flush=True)
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers")}
+    print(json.dumps(versions | {"python": sys.version.split()[0]}), flush=True)
     for line in sys.stdin:
         print(json.dumps(reference.generate(**json.loads(line))), flush=True)
 
