@@ -6,12 +6,16 @@ Run by `make_goldens`. The texts to learn from are the few sentences below.
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, SiglipTokenizer
 
 CLIP_VOCAB, T5_VOCAB, GEMMA_VOCAB = 600, 170, 420  # ids, the special ones included
@@ -97,37 +101,34 @@ def _sentencepiece(**settings: Any) -> bytes:
 
 
 def _folder(folder: Path, files: dict[str, bytes], **settings: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _byte_pairs() -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges in CLIP's order: bytes, bytes that end a word, merged pieces, the two special ones."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = CLIP_VOCAB - 2 - 2 * len(alphabet)
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Punctuation(),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=4 * CLIP_VOCAB, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    learner.train_from_iterator([sentence.lower() for sentence in LEARNED], trainer)
-    found = json.loads(learner.to_str())["model"]["merges"]
-    pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in found][:size]
-    letters = sorted(alphabet)
-    pieces = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        *(pair.replace(" ", "") for pair in pairs),
-        BEGIN,
-        END,
-    ]
+    """Vocabulary and merges in CLIP's order: bytes, bytes that end a word, merged pieces, the two special ones.
+
+    Learned here: the library breaks ties as its hashing falls, and gives other merges each time.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Counter(word for sentence in LEARNED for word in re.findall(r"[a-z]+|[0-9]|[^a-z0-9 ]+", sentence.lower()))
+    split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    merges: list[str] = []
+    while len(merges) < CLIP_VOCAB - 2 - 2 * len(letters):
+        pairs = Counter[tuple[str, str]]()
+        for word, pieces in split.items():
+            for pair in itertools.pairwise(pieces):
+                pairs[pair] += words[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(" ".join(best))
+        for pieces in split.values():
+            for place in range(len(pieces) - 1, 0, -1):
+                if (pieces[place - 1 : place + 1]) == [*best]:
+                    pieces[place - 1 : place + 1] = ["".join(best)]
+    endings = [f"{letter}</w>" for letter in letters]
+    pieces = [*letters, *endings, *(merge.replace(" ", "") for merge in merges), BEGIN, END]
     assert len(set(pieces)) == CLIP_VOCAB, len(set(pieces))
-    return {piece: number for number, piece in enumerate(pieces)}, pairs
+    return {piece: number for number, piece in enumerate(pieces)}, merges
