@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
-from pyvdl.models import T5, VLM, DualEncoder, ViT, inflate
+from pyvdl.models import T5, VLM, DualEncoder, ViT, assemble, inflate
 from pyvdl.models.layers import RelativeBias, relative_buckets
 from pyvdl.models.vit import patchify
 
@@ -380,3 +380,15 @@ def test_normalisation_is_folded_into_the_patches() -> None:
     kernel = np.asarray(tower.patch.kernel[...], np.float64)
     patches = normal.reshape(1, 4, 8, 4, 24).swapaxes(2, 3).reshape(1, 16, -1)
     np.testing.assert_allclose(apply(tower.patch, "__call__", image), patches @ kernel, atol=2e-5)
+
+
+def test_a_vlm_is_assembled_of_parts_trained_apart() -> None:
+    tower, language = ViT(VISION, rngs=nnx.Rngs(0)), T5(LANGUAGE, rngs=nnx.Rngs(1))
+    model = assemble(tower, language, num_frames=2, rngs=nnx.Rngs(2))
+    assert model.config == VLMConfig(vision=VISION, language=LANGUAGE, num_frames=2)
+    assert model.vision is tower
+    assert model.language is language
+    logits = apply(model, "__call__", frames(0, 2, 2), ids(0, 2, 5), ids(1, 2, 6))
+    assert logits.shape == (2, 6, LANGUAGE.vocab_size)
+    other = assemble(tower, language, num_frames=2, rngs=nnx.Rngs(3))
+    assert np.abs(apply(other, "__call__", frames(0, 2, 2), ids(0, 2, 5), ids(1, 2, 6)) - logits).max() > 1e-4

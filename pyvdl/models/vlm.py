@@ -78,3 +78,16 @@ class VLM(nnx.Module):
         """As `prefix`, and int32[B, M] -> float32 logits [B, M, V]; position i predicts target[:, i]."""
         states = self.language.forced(*self.prefix(video, prompt), target[:, None])
         return self.language.logits(states[:, 0])
+
+
+def assemble(vision: ViT, language: T5 | Gemma, *, num_frames: int = 8, fps: float = 2.0, rngs: nnx.Rngs) -> VLM:
+    """A VLM of a tower and a language model that were trained apart, with a new projection between them.
+
+    PaLI-3's shape: `assemble(siglip.vision, ul2, rngs=...)`. The parts are taken as they are, not copied.
+    """
+    config = VLMConfig(vision=vision.config, language=language.config, num_frames=num_frames, fps=fps)
+    model = nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
+    dtype = jnp.dtype(language.config.dtype)
+    model.projection = nnx.Linear(vision.config.width, language.config.width, dtype=dtype, rngs=rngs)
+    model.vision, model.language = vision, language
+    return model
