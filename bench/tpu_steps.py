@@ -21,6 +21,7 @@ def step(number: int) -> Program:
     def gradients(state: Any, batch: Any) -> Any:
         return jax.grad(lambda state: loss(nnx.merge(graph, state), batch)[0])(state)
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)), batch)
-    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return Program(fn=gradients, args=(state, shapes), flops=flops, products=(), hbm_bytes=2 * parameters)
+    # Without the mesh that they were made under: the compilation sets its own.
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)), (state, batch))
+    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[0]))
+    return Program(fn=gradients, args=args, flops=flops, products=(), hbm_bytes=2 * parameters)
