@@ -219,14 +219,14 @@ def _to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def _kinds(hint: Any) -> list[type]:
+def _kinds(hint: Any) -> list[Any]:
     """The classes of settings that a field with this annotation can hold."""
     return [
         kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     ]
 
 
-def _group_from_dict(kinds: list[type], values: Any, where: str) -> Any:
+def _group_from_dict(kinds: list[Any], values: Any, where: str) -> Any:
     """Reads a group of settings. One that names no class is of the first: T5, once the only language model."""
     if len(kinds) == 1 or not isinstance(values, dict) or "class" not in values:
         return _from_dict(kinds[0], values, where)

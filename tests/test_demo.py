@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pyvdl import config, demo, recipes
-from pyvdl.config import Preset, TrainConfig
+from pyvdl.config import Preset, T5Config, TrainConfig
 from pyvdl.data import Question, Record
 from pyvdl.train import History
 
@@ -31,6 +31,7 @@ def tiny(vocab_size: int) -> Preset:
     vision = dataclasses.replace(
         found.vlm.vision, patch_size=found.vlm.vision.image_size // 2, width=32, depth=1, num_heads=2, mlp_dim=32
     )
+    assert isinstance(found.vlm.language, T5Config)
     language = dataclasses.replace(
         found.vlm.language, width=32, encoder_layers=1, decoder_layers=1, num_heads=2, head_dim=16, mlp_dim=32
     )

@@ -42,6 +42,7 @@ def vlm(tokenizer: WordTokenizer) -> VLM:
     config = toy(tokenizer.vocab_size).vlm
     assert isinstance(config.language, T5Config)
     vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
+    assert isinstance(config.language, T5Config)
     language = dataclasses.replace(
         config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1
     )

@@ -15,6 +15,7 @@ from flax import nnx
 
 from pyvdl.config import GemmaConfig, ViTConfig, VLMConfig
 from pyvdl.models import VLM, Gemma
+from tests.models import random_vlm
 
 VISION = ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32, dtype="float32")
 GEMMA_1 = GemmaConfig(
@@ -33,14 +34,7 @@ PROMPT = np.array([[5, 6, 0, 0], [7, 8, 9, 3]], np.int32)
 
 
 def make(language: GemmaConfig) -> VLM:
-    model = VLM(VLMConfig(vision=VISION, language=language, num_frames=2), rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-
-    def moved(path: Any, x: jax.Array) -> jax.Array:  # norms start at no scale at all
-        return x + 0.3 * rng.standard_normal(x.shape) if "scale" in jax.tree_util.keystr(path) else x
-
-    nnx.update(model, jax.tree_util.tree_map_with_path(moved, nnx.state(model, nnx.Param)))
-    return model
+    return random_vlm(VLMConfig(vision=VISION, language=language, num_frames=2))
 
 
 @pytest.fixture(scope="module", params=[GEMMA_1, GEMMA_2], ids=["gemma1", "gemma2"])
@@ -76,8 +70,8 @@ def plain(model: VLM, prefix: np.ndarray, text: np.ndarray) -> np.ndarray:
     config = gemma.config
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
 
-    def norm(x: np.ndarray, scale: Any) -> np.ndarray:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * (1 + np.float64(scale))
+    def norm(x: Any, scale: Any) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * (1 + np.asarray(scale, np.float64))
 
     def capped(x: np.ndarray, cap: float | None) -> np.ndarray:
         return x if cap is None else cap * np.tanh(x / cap)
@@ -181,7 +175,7 @@ def test_every_parameter_gets_a_gradient_that_leads_down(vlm: VLM, video: Any) -
     @jax.jit
     @jax.value_and_grad
     def loss(state: Any) -> jax.Array:
-        logits = nnx.merge(graphdef, state)(video, PROMPT, target)
+        logits = nnx.merge(graphdef, state)(video, jnp.asarray(PROMPT), target)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1))
 
     first, gradient = loss(state)

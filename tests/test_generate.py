@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 from pyvdl.config import GemmaConfig, T5Config, ViTConfig, VLMConfig
-from pyvdl.generate import _generate, _Settings, bucket, generate, score
+from pyvdl.generate import Samples, _generate, _Settings, bucket, generate, score
 from pyvdl.models import T5, VLM, Gemma
 from pyvdl.sampling import ban_repeats, keep_nucleus, keep_top_k
+from tests.models import random_vlm
 
 LENGTH = 12
 VOCABULARY = 20
@@ -48,15 +49,15 @@ GEMMA_LANGUAGE = GemmaConfig(
 )
 
 
+@functools.cache
 def make(language: T5Config | GemmaConfig) -> VLM:
     """Distributions are made sharper and less alike, so that greedy and sampled texts differ and have ends."""
-    model = VLM(VLMConfig(vision=VISION, language=language, num_frames=2), rngs=nnx.Rngs(3))
+    model = random_vlm(VLMConfig(vision=VISION, language=language, num_frames=2))
     if isinstance(model.language, T5):
         model.language.head[...] *= 2
     else:
         assert isinstance(model.language, Gemma)
         model.language.norm.scale[...] += 1.5
-        model.language.blocks.blocks.post_attention.scale[...] += 1
     return model
 
 
@@ -87,9 +88,17 @@ def full_pass(model: VLM, video: Any, prompt: Any, tokens: Any) -> np.ndarray:
     """Logits [B, n, M, V] of whole texts, each sample with a copy of its clip."""
     samples = tokens.shape[1]
     graphdef, state = nnx.split(model)
-    video, prompt = np.repeat(video, samples, axis=0), np.repeat(prompt, samples, axis=0)
+    prompt = np.repeat(prompt, samples, axis=0)
+    video = None if video is None else np.repeat(video, samples, axis=0)
     logits = _call(graphdef, state, video, prompt, np.asarray(tokens).reshape(-1, tokens.shape[2]))
     return np.asarray(logits).reshape(*tokens.shape, -1)
+
+
+def drawn(model: VLM, clips: tuple[Any, Any], **settings: Any) -> Samples:
+    """Three texts of each clip, by default sampled. Tests share its settings, and so the programs."""
+    return generate(
+        model, *clips, **{"num_samples": 3, "max_length": LENGTH, "temperature": 1.5, "seeds": 5} | settings
+    )
 
 
 def check_shape_of_texts(tokens: Any, lengths: Any) -> None:
@@ -100,12 +109,12 @@ def check_shape_of_texts(tokens: Any, lengths: Any) -> None:
 
 
 def test_greedy_is_the_argmax_of_the_full_pass(model: VLM, clips: tuple[Any, Any]) -> None:
-    out = generate(model, *clips, max_length=LENGTH, temperature=0)
+    out = drawn(model, clips, temperature=0)
     check_shape_of_texts(out.tokens, out.lengths)
     logits = full_pass(model, *clips, out.tokens)
     valid = np.arange(LENGTH) < np.asarray(out.lengths)[..., None]
     np.testing.assert_array_equal(logits.argmax(axis=-1)[valid], np.asarray(out.tokens)[valid])
-    assert out.tokens.shape == (4, 1, LENGTH)
+    assert out.tokens.shape == (4, 3, LENGTH)
     assert out.tokens.dtype == out.lengths.dtype == jnp.int32
 
 
@@ -113,7 +122,7 @@ def test_greedy_is_the_argmax_of_the_full_pass(model: VLM, clips: tuple[Any, Any
 def test_log_probabilities_are_those_of_the_plain_model(
     model: VLM, clips: tuple[Any, Any], settings: dict[str, Any]
 ) -> None:
-    out = generate(model, *clips, num_samples=3, max_length=LENGTH, seeds=5, **settings)
+    out = drawn(model, clips, **settings)
     check_shape_of_texts(out.tokens, out.lengths)
     logits = full_pass(model, *clips, out.tokens)
     log_probs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(out.tokens)[..., None], axis=-1)
@@ -124,48 +133,38 @@ def test_log_probabilities_are_those_of_the_plain_model(
         assert len(set(np.asarray(out.lengths).ravel())) > 1
 
 
-def test_a_clip_does_not_depend_on_its_neighbours(model: VLM, clips: tuple[Any, Any]) -> None:
+def test_a_text_does_not_depend_on_other_clips_nor_on_the_number_of_texts(model: VLM, clips: tuple[Any, Any]) -> None:
     video, prompt = clips
     seeds = np.array([7, 8, 9, 10], np.uint32)
-    settings: dict[str, Any] = {"num_samples": 2, "max_length": LENGTH, "top_p": 0.9}
-    whole = generate(model, video, prompt, seeds=seeds, **settings)
-    again = generate(model, video, prompt, seeds=7, **settings)  # stands for 7, 8, 9, 10
+    whole = drawn(model, clips, top_p=0.9, seeds=seeds)
+    again = drawn(model, clips, top_p=0.9, seeds=7)  # stands for 7, 8, 9, 10
     np.testing.assert_array_equal(whole.tokens, again.tokens)
     order = [2, 0, 3, 1]
-    moved = generate(model, video[order], prompt[order], seeds=seeds[order], **settings)
+    moved = drawn(model, (video[order], prompt[order]), top_p=0.9, seeds=seeds[order])
     np.testing.assert_array_equal(moved.tokens, whole.tokens[np.array(order)])
     np.testing.assert_allclose(moved.log_probs, whole.log_probs[np.array(order)], rtol=1e-5)
-    alone = generate(model, video[2:3], prompt[2:3], seeds=seeds[2:3], **settings)
-    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[2])
-    other = generate(model, video, prompt, seeds=seeds + 100, **settings)
+    alone = drawn(model, (video[2:3], prompt[2:3]), num_samples=2, top_p=0.9, seeds=seeds[2:3])
+    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[2, :2])
+    other = drawn(model, clips, top_p=0.9, seeds=seeds + 100)
     assert (np.asarray(other.tokens) != np.asarray(whole.tokens)).any(axis=(1, 2)).all()
-
-
-def test_more_samples_leave_the_first_ones_as_they_are(t5: VLM, clips: tuple[Any, Any]) -> None:
-    two = generate(t5, *clips, num_samples=2, max_length=LENGTH, seeds=1)
-    five = generate(t5, *clips, num_samples=5, max_length=LENGTH, seeds=1)
-    np.testing.assert_array_equal(five.tokens[:, :2], two.tokens)
 
 
 def test_samples_follow_the_distribution_of_the_model(t5: VLM, clips: tuple[Any, Any]) -> None:
     video, prompt = clips[0][:1], clips[1][:1]
 
-    def drawn(**settings: Any) -> np.ndarray:
+    def shares(**settings: Any) -> np.ndarray:
         out = generate(t5, video, prompt, num_samples=4000, max_length=1, temperature=1.3, **settings)
         return np.bincount(np.asarray(out.tokens).ravel(), minlength=VOCABULARY) / 4000
 
     logits = full_pass(t5, video, prompt, np.zeros((1, 1, 1), np.int32))[0, 0, 0]
     wanted = np.asarray(jax.nn.softmax(logits / 1.3))
-    assert np.abs(drawn() - wanted).max() < 4 * np.sqrt(0.25 / 4000)
-    # Cut distributions: nothing outside of the set, all of it, in the proportions of the model.
-    order = np.argsort(-wanted)
-    nucleus = order[: 1 + int(np.searchsorted(np.cumsum(wanted[order]), 0.6))]
-    among = order[:5]
-    both = among[: 1 + int(np.searchsorted(np.cumsum(wanted[among]) / wanted[among].sum(), 0.5))]
-    for settings, kept in [({"top_p": 0.6}, nucleus), ({"top_k": 5}, among), ({"top_k": 5, "top_p": 0.5}, both)]:
-        got = drawn(**settings)
-        assert set(np.flatnonzero(got)) == set(kept)
-        np.testing.assert_allclose(got[kept], wanted[kept] / wanted[kept].sum(), atol=0.032)
+    assert np.abs(shares() - wanted).max() < 4 * np.sqrt(0.25 / 4000)
+    # A nucleus among the likeliest: nothing outside of it, all of it, in the proportions of the model.
+    among = np.argsort(-wanted)[:5]
+    kept = among[: 1 + int(np.searchsorted(np.cumsum(wanted[among]) / wanted[among].sum(), 0.5))]
+    got = shares(top_k=5, top_p=0.5)
+    assert set(np.flatnonzero(got)) == set(kept)
+    np.testing.assert_allclose(got[kept], wanted[kept] / wanted[kept].sum(), atol=0.032)
 
 
 def test_the_nucleus() -> None:
@@ -224,18 +223,17 @@ def test_it_stops_when_all_texts_have_ended(t5: VLM, clips: tuple[Any, Any], mon
 
 def test_text_alone(t5: VLM, clips: tuple[Any, Any]) -> None:
     out = generate(t5, None, clips[1], max_length=4, temperature=0)
-    logits = np.asarray(t5(None, jnp.asarray(clips[1]), out.tokens[:, 0]))
+    logits = full_pass(t5, None, clips[1], out.tokens)
     valid = np.arange(4) < np.asarray(out.lengths)[..., None]
-    np.testing.assert_array_equal(logits.argmax(axis=-1)[valid[:, 0]], np.asarray(out.tokens)[valid])
+    np.testing.assert_array_equal(logits.argmax(axis=-1)[valid], np.asarray(out.tokens)[valid])
 
 
 # --- options
 
 
-def test_several_end_ids_and_another_padding(model: VLM, clips: tuple[Any, Any]) -> None:
-    settings: dict[str, Any] = {"num_samples": 3, "max_length": LENGTH, "seeds": 5}
-    one = generate(model, *clips, **settings)
-    out = generate(model, *clips, **settings, end_ids=(1, 7, 12), pad_id=3)
+def test_several_end_ids_and_another_padding(t5: VLM, clips: tuple[Any, Any]) -> None:
+    one = drawn(t5, clips)
+    out = drawn(t5, clips, end_ids=(1, 7, 12), pad_id=3)
     for text, whole, length in zip(*(np.asarray(x).reshape(12, -1) for x in (out.tokens, one.tokens, out.lengths))):
         ends = np.flatnonzero(np.isin(whole, (1, 7, 12)))
         wanted = whole.copy()
@@ -244,13 +242,14 @@ def test_several_end_ids_and_another_padding(model: VLM, clips: tuple[Any, Any])
         np.testing.assert_array_equal(text, wanted)
         assert length == (ends[0] + 1 if len(ends) else LENGTH)
     np.testing.assert_allclose(
-        score(model, *clips, out.tokens, end_ids=(1, 7, 12), pad_id=3), out.log_probs, rtol=1e-4, atol=1e-4
+        score(t5, *clips, out.tokens, end_ids=(1, 7, 12), pad_id=3), out.log_probs, rtol=1e-4, atol=1e-4
     )
 
 
-def test_no_bigram_is_repeated(model: VLM, clips: tuple[Any, Any]) -> None:
-    free = generate(model, *clips, max_length=30, temperature=0)
-    out = generate(model, *clips, max_length=30, temperature=0, no_repeat_ngram=2)
+def test_no_bigram_is_repeated(clips: tuple[Any, Any]) -> None:
+    model = make(GEMMA_LANGUAGE)
+    free = drawn(model, clips, temperature=0)
+    out = drawn(model, clips, temperature=0, no_repeat_ngram=2)
     logits = full_pass(model, *clips, out.tokens)
     repeated = False
     for clip in range(4):
@@ -265,7 +264,7 @@ def test_no_bigram_is_repeated(model: VLM, clips: tuple[Any, Any]) -> None:
 
 
 def test_scores_of_given_texts_are_the_log_probabilities_of_drawing_them(model: VLM, clips: tuple[Any, Any]) -> None:
-    out = generate(model, *clips, num_samples=3, max_length=LENGTH, temperature=1.5, seeds=5)
+    out = drawn(model, clips)
     tokens = np.asarray(out.tokens).copy()
     whole = (tokens[:, :, -1] != 0) | (np.asarray(out.lengths) < LENGTH)  # a drawn 0 at the end looks like padding
     got = np.asarray(score(model, *clips, tokens))
@@ -280,9 +279,9 @@ def test_scores_of_given_texts_are_the_log_probabilities_of_drawing_them(model: 
 # --- beam search
 
 
-def test_enough_beams_find_the_best_of_all_texts(model: VLM, clips: tuple[Any, Any]) -> None:
+def test_enough_beams_find_the_best_of_all_texts(clips: tuple[Any, Any]) -> None:
     """All 361 * 20 + 19 + 1 texts of up to 3 tokens, scored one by one, against 400 beams: no text is ever cut off."""
-    video, prompt = clips[0][:1], clips[1][:1]
+    model, video, prompt = make(GEMMA_LANGUAGE), clips[0][:1], clips[1][:1]
     grid = np.stack(np.meshgrid(*[np.arange(VOCABULARY)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     ends = np.where((grid == 1).any(axis=1), (grid == 1).argmax(axis=1) + 1, 3)
     every = np.unique(np.where(np.arange(3) < ends[:, None], grid, 0), axis=0).astype(np.int32)
@@ -333,13 +332,14 @@ def test_beams_are_those_of_a_plain_search(model: VLM, clips: tuple[Any, Any]) -
 
 
 def test_settings_and_lengths_of_prompts_do_not_compile_again(t5: VLM, clips: tuple[Any, Any]) -> None:
-    video, prompt = clips
+    _, prompt = clips
+    compiled: Any = _generate
 
     def programs(width: int, **settings: Any) -> int:
         prompts = np.zeros((4, width), np.int32)
         prompts[:, : min(3, width)] = prompt[:, : min(3, width)]
-        generate(t5, video, prompts, max_length=5, **settings)
-        return _generate._cache_size()
+        generate(t5, None, prompts, max_length=5, **settings)
+        return compiled._cache_size()
 
     before = programs(3, temperature=0.7, top_p=0.9, top_k=4, seeds=0)
     assert [programs(width, temperature=1.1, top_p=0.5, top_k=2, seeds=3) for width in (1, 3, 9, 16)] == [before] * 4
@@ -394,11 +394,16 @@ def test_no_array_holds_the_prefix_of_each_text(model: VLM) -> None:
     assert max(sizes) >= 3 * 64 * 16  # the walk does reach the prefix
 
 
-def test_ten_texts_take_little_more_memory_than_one(model: VLM) -> None:
+def test_ten_texts_take_little_more_memory_than_one() -> None:
     """After 2,048 tokens: peak temporaries at most 1.15 times those of one text, and the texts' own caches."""
 
     def temporaries(samples: int) -> int:
-        memory = lowered(model, batch=2, prompt=2048, samples=samples, length=32).lower().compile().memory_analysis()
+        memory = (
+            lowered(make(GEMMA_LANGUAGE), batch=2, prompt=2048, samples=samples, length=32)
+            .lower()
+            .compile()
+            .memory_analysis()
+        )
         assert memory is not None
         return memory.temp_size_in_bytes
 
