@@ -27,7 +27,6 @@ PRETRAIN_STEPS = 50  # more than the warm-up, which is fixed there
 def tiny(vocab_size: int) -> Preset:
     """The demo's settings at a width and with steps for which only compiling takes time."""
     found = config.demo(vocab_size)
-    assert isinstance(found.vlm.language, config.T5Config)
     vision = dataclasses.replace(
         found.vlm.vision, patch_size=found.vlm.vision.image_size // 2, width=32, depth=1, num_heads=2, mlp_dim=32
     )

@@ -79,8 +79,8 @@ def plain(model: VLM, prefix: np.ndarray, text: np.ndarray) -> np.ndarray:
     def gelu(x: np.ndarray) -> np.ndarray:
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    embedding = np.float64(gemma.embedding[...])
-    x = np.concatenate([np.float64(prefix), embedding[text] * np.sqrt(config.width)])
+    embedding = np.asarray(gemma.embedding[...], np.float64)
+    x = np.concatenate([np.asarray(prefix, np.float64), embedding[text] * np.sqrt(config.width)])
     count, start = len(x), len(prefix)
     position = np.arange(1, count + 1)
     turn = np.exp(1j * position[:, None] * config.rope_theta ** (-2.0 * np.arange(dim // 2) / dim))
