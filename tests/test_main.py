@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pyvdl.commands import _print_training
 
 VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "train", "evaluate", "embed", "stats")
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "parity" / "golden"
 SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
 Run = Callable[..., tuple[int, str, str]]
 # A model and recipe that compile and train in seconds.
@@ -366,6 +368,29 @@ def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Pa
         assert len(found["keys"]) == len(found["embeddings"]) == len(found["errors"])
         np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
     assert [p.name for p in wanted.parent.iterdir()] == ["test.npz"]
+
+
+def test_public_checkpoints(run: Run, corpus: Path, tmp_path: Path) -> None:
+    """Folders as transformers writes them, with and without a tokenizer."""
+    video = sorted((corpus / "videos").glob("test_0*"))[0]
+    paligemma = shutil.copytree(GOLDEN / "paligemma", tmp_path / "paligemma")
+    code, out, err = run("caption", "--model", paligemma, "--videos", video, "--max-length", "4")
+    assert (code, out) == (1, "")
+    assert "has no tokenizer: put tokenizer.json" in err
+    shutil.copyfile(GOLDEN / "tokenizer-gemma" / "tokenizer.model", paligemma / "tokenizer.model")
+    code, out, _ = run("caption", "--model", paligemma, "--videos", video, "--max-length", "4", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] == "caption en"
+    code, out, _ = run("embed", video, "--model", GOLDEN / "clip-openai", "--out", tmp_path / "clip.npz")
+    assert code == 0
+    with np.load(tmp_path / "clip.npz") as found:
+        np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), [1], rtol=1e-5)
+    code, _, err = run("embed", "--model", GOLDEN / "clip-openai")
+    assert code == 2
+    assert "no videos" in err
+    code, _, err = run("embed", video, "--model", GOLDEN / "t5", "--out", tmp_path / "t5.npz")
+    assert code == 1
+    assert "a language model alone" in err
 
 
 def losses(out: Path) -> list[float]:
