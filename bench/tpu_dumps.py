@@ -122,8 +122,19 @@ def slot_of(operation: str) -> str | None:
 
 
 def rows_of(operation: str) -> int:
-    """Rows that one vmatmul streams: a vector register is float32[8, 128], bfloat16[16, 128] or int8[32, 128]."""
-    return 16 if ".bf16" in operation else 32 if ".s8" in operation or ".u8" in operation else 8
+    """Rows that one vmatmul streams: a vector register is float32[8, 128], bfloat16[16, 128] or int8[32, 128].
+
+    ".lmr" streams what the matrix unit itself has transposed, eight rows at a time.
+    """
+    return (
+        8
+        if ".lmr" in operation
+        else 16
+        if ".bf16" in operation
+        else 32
+        if ".s8" in operation or ".u8" in operation
+        else 8
+    )
 
 
 def executed(bundles: Iterable[bytes]) -> collections.Counter[str]:
