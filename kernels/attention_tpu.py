@@ -7,9 +7,10 @@ nothing is rescaled on the way.
 One row behind the part that divides by 128 (the class token) stands apart: as a key it is one more row of the scores,
 as a query one row of its own. Rows short of a multiple of 128 otherwise are masked.
 
-Heads lie side by side in 128 lanes when D divides 128. For other D ("loose" heads) the lanes of a head are turned to
-the front, out of the two tiles that it may lie across; its output is merged into those tiles, one step carrying the
-unfinished one to the next.
+Heads lie side by side in 128 lanes when D divides 128. A head of another D ("loose") may lie across two tiles, in lanes
+that differ modulo 128: one select puts it into one tile, and a rotation brings it to the front, as float32, since v5e
+would repack bfloat16 for either. Its output is merged into the two tiles, one step carrying the unfinished one to the
+next.
 """
 
 from __future__ import annotations
@@ -73,17 +74,23 @@ class Plan(NamedTuple):
         return [(t, u) for t in range(self.tiles) for u in range(self.together)]
 
     @property
+    def unfinished(self) -> bool:
+        """The last "loose" head reaches into a tile after its first."""
+        return self.loose and (self.heads - 1) * self.head_dim % LANES + self.head_dim > LANES
+
+    @property
     def lone_query(self) -> bool:
         """The lone row is no column of the ranges."""
         return self.lone and self.ranges * self.columns == self.keys
 
 
-def make_plan(q: Array, wide: int, narrow: int, sizes: tuning.Cuts) -> Plan:
+def make_plan(q: Array, wide: int, narrow: int, aligned_cuts: tuning.Table, loose_cuts: tuning.Table) -> Plan:
     """Cuts for q [B, S, N, D]. wide, narrow: products of which all keys stream, and of which D rows stream."""
     batch, tokens, heads, head_dim = q.shape
     lone = tokens > LANES and tokens % LANES == 1
     keys = tokens - 1 if lone else pl.cdiv(tokens, LANES) * LANES
     loose = head_dim % LANES != 0 and (LANES % head_dim != 0 or heads * head_dim % LANES != 0)
+    sizes = tuning.cuts(loose_cuts if loose else aligned_cuts)
     query_chunk, key_chunk = min(sizes.queries, keys), min(sizes.keys, keys)
     plan = Plan(batch, tokens, heads, head_dim, loose, lone, keys, query_chunk, key_chunk)
     # The matrix unit of v5e gives 512 numbers a cycle, of a product over up to 128.
@@ -149,37 +156,41 @@ def load_row(ref: Any, index: Any, start: Any, n: int) -> Array:
     return jnp.where(row(block.shape) == index, block, 0.0).sum(0, keepdims=True)
 
 
-def turn(x: Array, shift: Array) -> Array:
-    """Lanes turned to the right by `shift` of 128."""
-    if x.dtype == jnp.float32:
-        return pltpu.roll(x, shift, 1)
-    if x.shape[0] <= 16:  # XLA for CPU, which the interpreter runs on, cannot multiply what a few rows become below
-        return pltpu.roll(x.astype(jnp.float32), shift, 1).astype(x.dtype)
-    # Rotation works on 32 bits; two rows of bfloat16 in one word turn together.
-    return pltpu.bitcast(pltpu.roll(pltpu.bitcast(x, jnp.int32), shift, 1), x.dtype)
+def start_lane(plan: Plan) -> Array:
+    """Where in its first tile the "loose" head of this step starts."""
+    return jax.lax.rem(pl.program_id(1) * plan.head_dim, LANES)
 
 
 class Input:
     """One of q, k, v, ... in VMEM: gives rows of a head with other heads' lanes zero."""
 
-    def __init__(self, plan: Plan, refs: tuple[Any, ...]):
-        self.plan, self.refs = plan, refs
+    def __init__(self, plan: Plan, refs: tuple[Any, ...], head: Any):
+        self.plan, self.refs, self.head = plan, refs, head
 
-    def whole(self, rows: Any, tile: int = 0) -> Array:
-        """A tile's lanes as they lie; of "loose" heads, the head of this step at the front."""
-        plan = self.plan
-        if not plan.loose:
-            return self.refs[0][0, rows, tile * plan.lanes : (tile + 1) * plan.lanes]
-        shift = jax.lax.rem(pl.program_id(1) * plan.head_dim, LANES)
-        low, high = (ref[0, rows, :] for ref in self.refs)
+    def gather(self, first: Any, n: int) -> None:
+        """Brings n rows of this step's "loose" head to the front, the other lanes zero."""
+        start, rows = start_lane(self.plan), pl.ds(first, n)
+        low, high = (ref[0, rows, :].astype(jnp.float32) for ref in self.refs)
         at = lane(low.shape)
-        head = turn(jnp.where(at >= shift, low, high), jax.lax.rem(LANES - shift, LANES))
-        return jnp.where(at < plan.head_dim, head, jnp.zeros_like(head))
+        x = pltpu.roll(jnp.where(at >= start, low, high), jax.lax.rem(LANES - start, LANES), 1)
+        self.head[rows, :] = jnp.where(at < self.plan.head_dim, x, 0.0).astype(self.head.dtype)
 
-    def lone_column(self, tile: int) -> Array:
-        """float32[lanes, 128]: the lone row as a column, in all lanes."""
-        lone = self.whole(pl.ds(self.plan.keys, LONE), tile).astype(jnp.float32)[:1]
-        return jnp.broadcast_to(lone, (LANES, self.plan.lanes)).T
+    def rows(self, first: Any, n: int, tile: int = 0) -> Array:
+        """n rows of a tile's lanes; of "loose" heads, what was gathered."""
+        at, lanes = pl.ds(first, n), self.plan.lanes
+        found: Array = self.head[at, :] if self.plan.loose else self.refs[0][0, at, tile * lanes : (tile + 1) * lanes]
+        return found
+
+    def take(self, first: Any, n: int, tile: int = 0) -> Array:
+        """The same, gathered first: each row of a "loose" head once before it is read."""
+        if self.plan.loose:
+            self.gather(first, n)
+        return self.rows(first, n, tile)
+
+
+def lone_column(plan: Plan, rows: Array) -> Array:
+    """float32[lanes, 128]: the first row as a column, in all lanes."""
+    return jnp.broadcast_to(rows.astype(jnp.float32)[:1], (LANES, plan.lanes)).T
 
 
 def outer(column: Array, x: Array) -> Array:
@@ -198,6 +209,12 @@ def own_rows(plan: Plan, place: tuple[int, int]) -> slice:
     return slice(start, start + plan.head_dim)
 
 
+def store_transposed(ref: Any, plan: Plan, tile: int, start: int, x: Array) -> None:
+    """Rows of an Input become columns from `start` on."""
+    used = plan.together * plan.head_dim
+    ref[tile * plan.lanes : tile * plan.lanes + used, start : start + x.shape[0]] = x.T[:used]
+
+
 class Output:
     """One of out, dq, ... in VMEM: takes rows of the heads of this step."""
 
@@ -205,18 +222,18 @@ class Output:
         self.plan, self.ref, self.carry = plan, ref, carry
 
     def write(self, rows: Any, x: Array, tile: int = 0) -> None:
-        """x: [rows, lanes] of a tile; of a "loose" head, the head at the front."""
-        if self.plan.loose:
-            shift = jax.lax.rem(pl.program_id(1) * self.plan.head_dim, LANES)
-            x = turn(x.astype(self.ref.dtype), shift)
+        """x: float32[rows, lanes] of a tile; of a "loose" head, the head at the front."""
+        plan = self.plan
+        if plan.loose:
+            start = start_lane(plan)
             # Steps read one carry and write the other: rows may be written twice.
             old = jax.lax.rem(pl.program_id(1) + 1, 2)
-            merged = jnp.where(lane(x.shape) < shift, self.carry[old, rows, :], x)
-            # What lies in front of the head's end belongs to the next tile, when the head reaches into it.
-            self.carry[1 - old, rows, :] = jnp.where(shift + self.plan.head_dim > LANES, x, merged)
-            x = merged
-        lanes = self.plan.lanes
-        self.ref[0, rows, tile * lanes : (tile + 1) * lanes] = x.astype(self.ref.dtype)
+            before, x = self.carry[old, rows, :], pltpu.roll(x, start, 1)
+            # Where the head ends in the next tile, that one is to come.
+            kept = jnp.where(start + plan.head_dim > LANES, 0, start)
+            self.carry[1 - old, rows, :] = jnp.where(lane(x.shape) < kept, before, x)
+            x = jnp.where(lane(x.shape) < start, before, x)
+        self.ref[0, rows, tile * plan.lanes : (tile + 1) * plan.lanes] = x.astype(self.ref.dtype)
 
     def write_transposed(self, first: Any, heads: list[Array], tile: int) -> None:
         """heads: float32[D, n] each, a tile's, for the n rows from `first` on."""
@@ -227,43 +244,43 @@ class Output:
 
     def flush(self) -> None:
         """In the step after the last head: the tile that it left unfinished."""
-        self.ref[0] = self.carry[jax.lax.rem(pl.program_id(1) + 1, 2)]
+        self.ref[0] = self.carry[jax.lax.rem(pl.program_id(1) + 1, 2)].astype(self.ref.dtype)
 
 
 def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
     """One range of queries of the heads of a step. factor: of the scores, to powers of two."""
     p = plan
     wide = 2 if p.loose else 1
-    q, k, v = (Input(p, refs[i * wide : (i + 1) * wide]) for i in range(3))
     out_ref, lse_ref, vt_ref, lone_ref, *more = refs[3 * wide :]
-    kh_ref: Any
-    kh_ref, carry_ref = more if p.loose else (None, None)
+    carry_ref, *gathered = more if p.loose else [None] * 4
+    q, k, v = (Input(p, refs[i * wide : (i + 1) * wide], ref) for i, ref in enumerate(gathered))
     output = Output(p, out_ref, carry_ref)
     dim, part = p.head_dim, pl.program_id(2)
     first_head = pl.program_id(1) * len(p.places)
-    first_query = pl.multiple_of(part * p.columns, LANES)
+    first_query: Any = pl.multiple_of(part * p.columns, LANES) if p.ranges > 1 else 0
     key_pieces = pieces(p.keys, p.key_chunk)
 
     def prepare(tile: int, start: int, size: int) -> None:
-        """V transposed, rows that are not there zero; "loose" keys at the front of their lanes."""
+        """V transposed, rows that are not there zero; "loose" keys in one tile."""
         for at, n in pieces(size, LANES):
-            rows = v.whole(pl.ds(start + at, n), tile)
+            rows = v.take(start + at, n, tile)
             if start + at + n > p.tokens:
                 rows = zero_after(rows, start + at, p.tokens)
-            vt_ref[tile * p.lanes : (tile + 1) * p.lanes, start + at : start + at + n] = rows.T
+            store_transposed(vt_ref, p, tile, start + at, rows)
         if p.loose:
             size += LONE if p.lone and start + size == p.keys else 0
-            kh_ref[start : start + size, :] = k.whole(pl.ds(start, size))
+            k.gather(start, size)
 
     def prepare_lone() -> None:
         for tile in range(p.tiles):
-            lone_ref[tile * p.lanes : (tile + 1) * p.lanes, :] = v.lone_column(tile)
+            column = lone_column(p, v.take(p.keys, LONE, tile))
+            lone_ref[tile * p.lanes : (tile + 1) * p.lanes, :] = column
 
     def keys(tile: int, start: Any, size: int) -> Array:
-        return kh_ref[pl.ds(start, size), :] if p.loose else k.whole(pl.ds(start, size), tile)
+        return k.rows(start, size, tile)
 
     def queries(first: Any, n: int, place: tuple[int, int]) -> Array:
-        x = own_lanes(q.whole(pl.ds(first, n), place[0]), p, place[1])
+        x = own_lanes(q.take(first, n, place[0]), p, place[1])
         return zero_after(x, first, p.tokens) if p.ranges * p.columns > p.tokens else x
 
     def scores(tile: int, start: Any, size: int, qh: Array) -> Array:
@@ -275,7 +292,7 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
 
     def attend(qh: Array, place: tuple[int, int], first_use: bool) -> tuple[Array, Array]:
         """float32[D, n] and [1, n]: sums of values and of weights, no maximum subtracted."""
-        columns = qh.shape[0]
+        columns, mine = qh.shape[0], own_rows(p, place)
         acc = jnp.zeros((dim, columns), jnp.float32)
         total = jnp.zeros((8, columns), jnp.float32)
         for start, size in key_pieces:
@@ -286,17 +303,17 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
             s = scores(place[0], start, size + extra, qh)
             weights = jnp.exp2(s[:size])
             total += weights.reshape(size // 8, 8, columns).sum(0)
-            acc += dot(vt_ref[own_rows(p, place), start : start + size], weights.astype(vt_ref.dtype))
+            acc += dot(vt_ref[mine, start : start + size], weights.astype(vt_ref.dtype))
         total = total.sum(0, keepdims=True)
         if p.lone:
             weight = jnp.exp2(s[size : size + 1])
             total += weight
-            acc += outer(lone_ref[own_rows(p, place), :], weight)
+            acc += outer(lone_ref[mine, :], weight)
         return acc, total
 
     def attend_carefully(qh: Array, place: tuple[int, int]) -> tuple[Array, Array, Array]:
         """The same with the maximum subtracted, and the maximum [1, n]."""
-        columns, size, tile = qh.shape[0], LANES, place[0]
+        columns, size, tile, mine = qh.shape[0], LANES, place[0], own_rows(p, place)
 
         def maximum(i: Array, top: Array) -> Array:
             return jnp.maximum(top, scores(tile, pl.multiple_of(i * size, size), size, qh).max(0, keepdims=True))
@@ -310,7 +327,7 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
         def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             start = pl.multiple_of(i * size, size)
             weights = jnp.exp2(scores(tile, start, size, qh) - top)
-            part = dot(vt_ref[own_rows(p, place), pl.ds(start, size)], weights.astype(vt_ref.dtype))
+            part = dot(vt_ref[mine, pl.ds(start, size)], weights.astype(vt_ref.dtype))
             return sums[0] + part, sums[1] + weights.sum(0, keepdims=True)
 
         sums = jnp.zeros((dim, columns), jnp.float32), jnp.zeros((1, columns), jnp.float32)
@@ -318,7 +335,7 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
         if alone is not None:
             weight = jnp.exp2(alone - top)
             total += weight
-            acc += outer(lone_ref[own_rows(p, place), :], weight)
+            acc += outer(lone_ref[mine, :], weight)
         return acc, total, top
 
     def finish(first: Any, tile: int, heads: list[tuple[Array, Array, Array | float]]) -> None:
@@ -330,8 +347,11 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
 
     def lone_query() -> None:
         """The last row as a query, in the usual form: the scores of a tile's heads are rows, which stream."""
+        lone = pl.ds(p.keys, LONE)
         for tile in range(p.tiles):
-            qx, kx, vx = (x.whole(pl.ds(p.keys, LONE), tile).astype(jnp.float32)[:1] for x in (q, k, v))
+            qx, kx = (x.astype(jnp.float32)[:1] for x in (q.take(p.keys, LONE, tile), keys(tile, p.keys, LONE)))
+            rows = slice(tile * p.lanes, (tile + 1) * p.lanes)
+            vx = lone_ref[rows, :].T[:1]
             qx = jnp.broadcast_to(qx, (LONE, p.lanes))
             heads = row(qx.shape)  # row u is the head at place u, the others are zero
             if p.together > 1:
@@ -347,13 +367,12 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
             for s, (start, size) in zip(parts, key_pieces, strict=True):
                 weights = jnp.exp2(s - top)
                 total += weights.sum(-1, keepdims=True)
-                transposed = vt_ref[tile * p.lanes : (tile + 1) * p.lanes, start : start + size]
-                out += dot(weights.astype(vt_ref.dtype), transposed, nt=True)
+                out += dot(weights.astype(vt_ref.dtype), vt_ref[rows, start : start + size], nt=True)
             out *= 1.0 / total
             statistic = LN2 * (jnp.log2(total) + top)
             mine = (lane(out.shape) >= heads * dim) & (lane(out.shape) < (heads + 1) * dim)
             out = jnp.where(mine, out, 0.0).sum(0, keepdims=True)
-            output.write(pl.ds(p.keys, LONE), jnp.broadcast_to(out, (LONE, p.lanes)), tile)
+            output.write(lone, jnp.broadcast_to(out, (LONE, p.lanes)), tile)
             for u in range(p.together):
                 found = jnp.broadcast_to(statistic[u : u + 1], (1, LANES))
                 store_row(lse_ref, first_head + tile * p.together + u, p.keys, found)
@@ -371,7 +390,7 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
         bad = jnp.zeros((1, LANES), jnp.float32)
         for tile in range(p.tiles):
             for at, n in pieces(p.columns, p.query_chunk):
-                first = pl.multiple_of(first_query + at, LANES)
+                first = pl.multiple_of(first_query + at, LANES) if p.ranges > 1 else at
                 heads: list[tuple[Array, Array, Array | float]] = []
                 for u in range(p.together):
                     acc, total = attend(queries(first, n, (tile, u)), (tile, u), p.ranges == 1 and at == u == 0)
@@ -399,7 +418,7 @@ def _forward_kernel(*refs: Any, plan: Plan, factor: float) -> None:
 
 def run_heads(plan: Plan, compute: Callable[[], None], outputs: list[Output]) -> None:
     """Runs `compute` in the steps that have a head."""
-    if not plan.loose:
+    if not plan.unfinished:
         compute()
         return
     step = pl.program_id(1)
@@ -429,8 +448,8 @@ def specs(plan: Plan) -> tuple[list[Spec], Spec, Spec]:
 
 
 def grid(plan: Plan) -> tuple[int, int, int]:
-    # The step after the last loose head writes the tile that that head may have left unfinished.
-    steps = plan.heads + 1 if plan.loose else plan.heads * plan.head_dim // (plan.tiles * plan.lanes)
+    # A step after the last "loose" head writes the tile that it left unfinished.
+    steps = plan.heads + plan.unfinished if plan.loose else plan.heads * plan.head_dim // (plan.tiles * plan.lanes)
     return plan.batch, steps, plan.ranges
 
 
@@ -450,12 +469,12 @@ def shape_like(q: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeSt
 
 def forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
     """q, k, v [B, S, N, D] -> the output [B, S, N, D] and the logarithms of the rows' sums, float32[B, N, S]."""
-    p = make_plan(q, 1, 1, tuning.cuts(tuning.JOINT_FORWARD))
+    p = make_plan(q, 1, 1, tuning.JOINT_FORWARD, tuning.JOINT_FORWARD_LOOSE)
     inputs, output, statistics = specs(p)
-    width = p.tiles * p.lanes
-    scratch = [pltpu.VMEM((width, p.keys), q.dtype), pltpu.VMEM((width, LANES), jnp.float32)]
+    scratch = [pltpu.VMEM((p.tiles * p.lanes, p.keys), q.dtype), pltpu.VMEM((p.tiles * p.lanes, LANES), jnp.float32)]
     if p.loose:
-        scratch += [pltpu.VMEM((p.rows, LANES), q.dtype), pltpu.VMEM((2, p.rows, LANES), q.dtype)]
+        gathered = pltpu.VMEM((p.rows, LANES), q.dtype)
+        scratch += [pltpu.VMEM((2, p.rows, LANES), jnp.float32), *[gathered] * 3]
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan=p, factor=scale * LOG2E),
         out_shape=(

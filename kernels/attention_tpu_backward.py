@@ -27,6 +27,7 @@ from .attention_tpu import (
     grid,
     lane,
     load_row,
+    lone_column,
     make_plan,
     outer,
     own_lanes,
@@ -36,6 +37,7 @@ from .attention_tpu import (
     run_heads,
     shape_like,
     specs,
+    store_transposed,
     zero_after,
 )
 
@@ -43,40 +45,38 @@ from .attention_tpu import (
 def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
     p = plan
     wide = 2 if p.loose else 1
-    q, k, v, out, do = (Input(p, refs[i * wide : (i + 1) * wide]) for i in range(5))
     lse_ref, dq_ref, dk_ref, dv_ref, kt_ref, dkt_ref, dvt_ref, lone_ref, kx_ref, *more = refs[5 * wide :]
-    kh_ref: Any
-    vh_ref: Any
-    kh_ref, vh_ref, *carries = more if p.loose else [None] * 5
+    carries, gathered = (more[:3], more[3:]) if p.loose else ([None] * 3, [None] * 5)
+    q, k, v, out, do = (Input(p, refs[i * wide : (i + 1) * wide], ref) for i, ref in enumerate(gathered))
     dq, dk, dv = (Output(p, ref, carry) for ref, carry in zip((dq_ref, dk_ref, dv_ref), carries, strict=True))
     dim, part, factor = p.head_dim, pl.program_id(2), scale * LOG2E
     first_head = pl.program_id(1) * len(p.places)
-    first_query = pl.multiple_of(part * p.columns, LANES)
     key_pieces = pieces(p.keys, p.key_chunk)
     dtype = kt_ref.dtype
     ragged_queries = p.ranges * p.columns > p.tokens
     ragged_keys = not p.lone and p.keys > p.tokens
 
-    def keys(tile: int, start: int, size: int) -> Array:
-        return kh_ref[start : start + size, :] if p.loose else k.whole(pl.ds(start, size), tile)
+    def prepare(tile: int, start: int, size: int) -> None:
+        """K transposed, rows that are not there zero."""
+        if p.loose:
+            v.gather(start, size)
+        for at, n in pieces(size, LANES):
+            rows = k.take(start + at, n, tile)
+            if ragged_keys and start + at + n > p.tokens:
+                rows = zero_after(rows, start + at, p.tokens)
+            store_transposed(kt_ref, p, tile, start + at, rows)
 
-    def values(tile: int, start: int, size: int) -> Array:
-        return vh_ref[start : start + size, :] if p.loose else v.whole(pl.ds(start, size), tile)
-
-    def prepare() -> None:
+    def prepare_lone() -> None:
+        """The lone row as a key."""
+        if p.loose:
+            v.gather(p.keys, LONE)
         for tile in range(p.tiles):
-            for start, size in pieces(p.keys, LANES):
-                rows = k.whole(pl.ds(start, size), tile)
-                transposed = (zero_after(rows, start, p.tokens) if ragged_keys else rows).T
-                kt_ref[tile * p.lanes : (tile + 1) * p.lanes, start : start + size] = transposed
-                if p.loose:
-                    kh_ref[start : start + size, :] = rows
-                    vh_ref[start : start + size, :] = v.whole(pl.ds(start, size))
-            if p.lone:
-                kx_ref[tile * p.lanes : (tile + 1) * p.lanes, :] = k.lone_column(tile)
-            if p.lone and p.loose:
-                kh_ref[p.keys : p.keys + LONE, :] = k.whole(pl.ds(p.keys, LONE))
-                vh_ref[p.keys : p.keys + LONE, :] = v.whole(pl.ds(p.keys, LONE))
+            column = lone_column(p, k.take(p.keys, LONE, tile))
+            kx_ref[tile * p.lanes : (tile + 1) * p.lanes, :] = column
+
+    def prepare_all() -> None:
+        for tile in range(p.tiles):
+            prepare(tile, 0, p.keys)
             if p.lone_query:
                 lone_query(tile)
         if not p.lone_query:
@@ -87,12 +87,16 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
     def lone_query(tile: int) -> None:
         """The last row as a query. What it adds to dk and dv is what their sums start from."""
         at = pl.ds(p.keys, LONE)
-        qx, kx, vx, outx, dox = (x.whole(at, tile).astype(jnp.float32)[:1] for x in (q, k, v, out, do))
-        q_column, do_column = q.lone_column(tile), do.lone_column(tile)
+        qx, outx, dox = (x.take(p.keys, LONE, tile) for x in (q, out, do))
+        kx, vx = (x.rows(p.keys, LONE, tile) for x in (k, v))
+        q_column, do_column = lone_column(p, qx), lone_column(p, dox)
+        qx, kx, vx, outx, dox = (x.astype(jnp.float32)[:1] for x in (qx, kx, vx, outx, dox))
         # Row u is the head at place u, the others are zero.
         shape = (LONE, p.lanes)
-        mine = (lane(shape) >= row(shape) * dim) & (lane(shape) < (row(shape) + 1) * dim)
-        qx, dox = (jnp.where(mine & (row(shape) < p.together), x, 0.0) for x in (qx, dox))
+        mine = row(shape) < p.together
+        if p.together > 1:
+            mine &= (lane(shape) >= row(shape) * dim) & (lane(shape) < (row(shape) + 1) * dim)
+        qx, dox = (jnp.where(mine, x, 0.0) for x in (qx, dox))
         di = (dox * outx).sum(-1, keepdims=True)
         lse = jnp.zeros((LONE, 1), jnp.float32)
         for u in range(p.together):
@@ -108,9 +112,9 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
                 lone_ref[i, rows, :] = jnp.where(lane(x.shape) == 0, x, 0.0)
         qx, dox = qx.astype(dtype), dox.astype(dtype)
         for start, size in key_pieces:
-            weights = jnp.exp2(dot(qx, keys(tile, start, size), nt=True) * factor - lse)
-            changes = weights * (dot(dox, values(tile, start, size), nt=True) - di)
-            of_q += dot(changes.astype(dtype), keys(tile, start, size))
+            weights = jnp.exp2(dot(qx, k.rows(start, size, tile), nt=True) * factor - lse)
+            changes = weights * (dot(dox, v.rows(start, size, tile), nt=True) - di)
+            of_q += dot(changes.astype(dtype), k.rows(start, size, tile))
             for u in range(p.together):
                 rows, inside = own_rows(p, (tile, u)), slice(u * dim, (u + 1) * dim)
                 for i, n in pieces(size, LANES):
@@ -119,15 +123,10 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
                     dkt_ref[rows, span] = q_column[inside] * changes[u : u + 1, part_of]
         of_q = jnp.where(mine, of_q, 0.0).sum(0, keepdims=True)
         dq.write(at, jnp.broadcast_to(of_q * scale, shape), tile)
-        if p.loose and dim < p.lanes:
-            dkt_ref[dim:, :] = jnp.zeros((p.lanes - dim, p.keys), jnp.float32)
-            dvt_ref[dim:, :] = jnp.zeros((p.lanes - dim, p.keys), jnp.float32)
-            lone_ref[:, dim:, :] = jnp.zeros((2, p.lanes - dim, LANES), jnp.float32)
 
-    def chunk(first: Any, n: int, tile: int) -> None:
-        """The n queries from `first` on, of a tile's heads."""
-        at = pl.ds(first, n)
-        q_rows, do_rows, out_rows = (x.whole(at, tile) for x in (q, do, out))
+    def chunk(first: Any, n: int, tile: int, opens: bool, closes: bool) -> None:
+        """The n queries from `first` on, of a tile's heads. opens, closes: prepares keys, finishes their gradients."""
+        q_rows, do_rows, out_rows = (x.take(first, n, tile) for x in (q, do, out))
         if ragged_queries:
             q_rows, do_rows, out_rows = (zero_after(x, first, p.tokens) for x in (q_rows, do_rows, out_rows))
         q_columns, do_columns, out_columns = q_rows.T, do_rows.T, out_rows.T
@@ -143,10 +142,12 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
             acc = jnp.zeros((dim, n), jnp.float32)
             for start, size in key_pieces:
                 span = slice(start, start + size)
+                if opens and u == 0:
+                    prepare(tile, start, size)
                 # The lone key rides behind the last piece: a product of its own would load all queries for one row.
                 extra = LONE if p.lone and start + size == p.keys else 0
-                weights = jnp.exp2(dot(keys(tile, start, size + extra), qh, nt=True) * factor - lse)
-                change = weights * (dot(values(tile, start, size + extra), doh, nt=True) - di)
+                weights = jnp.exp2(dot(k.rows(start, size + extra, tile), qh, nt=True) * factor - lse)
+                change = weights * (dot(v.rows(start, size + extra, tile), doh, nt=True) - di)
                 if extra:
                     weight_of_lone, change_of_lone = weights[size : size + 1], change[size : size + 1]
                     weights, change = weights[:size], change[:size]
@@ -154,9 +155,12 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
                     there = row(weights.shape) + start < p.tokens
                     weights, change = jnp.where(there, weights, 0.0), jnp.where(there, change, 0.0)
                 weights, change = weights.astype(dtype), change.astype(dtype)
-                dvt_ref[rows, span] += dot(do_columns[inside], weights, nt=True)
-                dkt_ref[rows, span] += dot(q_columns[inside], change, nt=True)
+                for ref, columns, x in ((dvt_ref, do_columns, weights), (dkt_ref, q_columns, change)):
+                    part_of_sum = dot(columns[inside], x, nt=True)
+                    ref[rows, span] = part_of_sum if opens else ref[rows, span] + part_of_sum
                 acc += dot(kt_ref[rows, span], change)
+                if closes and u == p.together - 1:
+                    finish(tile, start, size)
             if p.lone:
                 acc += outer(kx_ref[rows, :], change_of_lone)
                 for i, (x, columns) in enumerate(((change_of_lone, q_columns), (weight_of_lone, do_columns))):
@@ -165,23 +169,39 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
             outs.append(acc * scale)
         dq.write_transposed(first, outs, tile)
 
-    def finish() -> None:
+    def finish(tile: int, start: int, size: int) -> None:
+        rows = slice(tile * p.lanes, tile * p.lanes + p.together * dim)
+        for at, n in pieces(size, LANES):
+            span = slice(start + at, start + at + n)
+            dk.write_transposed(start + at, [dkt_ref[rows, span] * scale], tile)
+            dv.write_transposed(start + at, [dvt_ref[rows, span]], tile)
+
+    def finish_lone() -> None:
         for tile in range(p.tiles):
-            lanes = slice(tile * p.lanes, (tile + 1) * p.lanes)
-            for start, size in pieces(p.keys, LANES):
-                dk.write_transposed(start, [dkt_ref[lanes, start : start + size] * scale], tile)
-                dv.write_transposed(start, [dvt_ref[lanes, start : start + size]], tile)
-            if p.lone:
-                for of_x, i, times in ((dk, 0, scale), (dv, 1, 1.0)):
-                    of_lone = lone_ref[i, lanes, :].T.sum(0, keepdims=True) * times
-                    of_x.write(pl.ds(p.keys, LONE), jnp.broadcast_to(of_lone, (LONE, p.lanes)), tile)
+            for of_x, i, times in ((dk, 0, scale), (dv, 1, 1.0)):
+                of_lone = lone_ref[i, tile * p.lanes : (tile + 1) * p.lanes, :].T.sum(0, keepdims=True) * times
+                of_x.write(pl.ds(p.keys, LONE), jnp.broadcast_to(of_lone, (LONE, p.lanes)), tile)
+
+    def finish_all() -> None:
+        for tile in range(p.tiles):
+            finish(tile, 0, p.keys)
 
     def compute() -> None:
-        pl.when(part == 0)(prepare) if p.ranges > 1 else prepare()
+        # Between products of a range that is the only one, what comes before them and after costs little.
+        opens, closes = p.ranges == 1 and not p.lone_query, p.ranges == 1
+        if p.lone:
+            pl.when(part == 0)(prepare_lone) if p.ranges > 1 else prepare_lone()
+        if not opens:
+            pl.when(part == 0)(prepare_all) if p.ranges > 1 else prepare_all()
+        cuts = pieces(p.columns, p.query_chunk)
         for tile in range(p.tiles):
-            for at, n in pieces(p.columns, p.query_chunk):
-                chunk(pl.multiple_of(first_query + at, LANES), n, tile)
-        pl.when(part == p.ranges - 1)(finish) if p.ranges > 1 else finish()
+            for i, (at, n) in enumerate(cuts):
+                first = at if p.ranges == 1 else pl.multiple_of(part * p.columns + at, LANES)
+                chunk(first, n, tile, opens and i == 0, closes and i == len(cuts) - 1)
+        if not closes:
+            pl.when(part == p.ranges - 1)(finish_all)
+        if p.lone:
+            pl.when(part == p.ranges - 1)(finish_lone) if p.ranges > 1 else finish_lone()
 
     run_heads(p, compute, [dq, dk, dv])
 
@@ -190,13 +210,13 @@ def backward(
     q: Array, k: Array, v: Array, out: Array, lse: Array, do: Array, *, scale: float
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, [B, S, N, D] each, for the gradient `do` of out; out and lse as `forward` gives them."""
-    p = make_plan(q, 2, 3, tuning.cuts(tuning.JOINT_BACKWARD))
+    p = make_plan(q, 2, 3, tuning.JOINT_BACKWARD, tuning.JOINT_BACKWARD)
     inputs, output, statistics = specs(p)
     width = p.tiles * p.lanes
     scratch = [pltpu.VMEM((width, p.keys), q.dtype), *[pltpu.VMEM((width, p.keys), jnp.float32)] * 2]
     scratch += [pltpu.VMEM((2, width, LANES), jnp.float32), pltpu.VMEM((width, LANES), jnp.float32)]
     if p.loose:
-        scratch += [pltpu.VMEM((p.rows, LANES), q.dtype)] * 2 + [pltpu.VMEM((2, p.rows, LANES), q.dtype)] * 3
+        scratch += [pltpu.VMEM((2, p.rows, LANES), jnp.float32)] * 3 + [pltpu.VMEM((p.rows, LANES), q.dtype)] * 5
     shape = shape_like(q, (p.batch, p.tokens, p.heads * p.head_dim), q.dtype)
     gradients = pl.pallas_call(
         functools.partial(_backward_kernel, plan=p, scale=scale),

@@ -60,8 +60,8 @@ def joint_backward_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     # Each block twice, while the next one is fetched: q, k, v, out, do (two tiles of lanes each if loose); dq, dk, dv.
     blocks = 2 * size * array * (13 if loose else 8)
     statistics = 2 * 4 * rows * -(-heads // 8) * 8
-    # K transposed and the sums of dk and dv; loose keys, values, unfinished tiles; three chunks of scores, which spill.
-    scratch = array * (size + 8) + (8 * size * array if loose else 0) + 3 * 4 * 512 * 512
+    # K transposed and the sums of dk and dv; loose inputs and unfinished tiles; three chunks of scores, which spill.
+    scratch = array * (size + 8) + ((5 * size + 24) * array if loose else 0) + 3 * 4 * 512 * 512
     return blocks + statistics + scratch
 
 
@@ -74,11 +74,13 @@ class Cuts(NamedTuple):
 
 
 # By the device's kind; "" is for chips not tried. The simulator knows v5e: the others take its sizes untested.
-JOINT_FORWARD = {"": Cuts(25_000, 512, 512)}
-JOINT_BACKWARD = {"": Cuts(30_000, 512, 512)}
+type Table = dict[str, Cuts]
+JOINT_FORWARD: Table = {"": Cuts(25_000, 512, 512)}
+JOINT_FORWARD_LOOSE: Table = {"": Cuts(25_000, 256, 1024)}  # of heads that do not lie within tiles of lanes
+JOINT_BACKWARD: Table = {"": Cuts(40_000, 512, 512)}
 
 
-def cuts(table: dict[str, Cuts]) -> Cuts:
+def cuts(table: Table) -> Cuts:
     chosen = table.get(device_kind(), table[""])
     return chosen._replace(**{name: value for name, value in _overrides.get().items() if name in Cuts._fields})
 

@@ -84,6 +84,18 @@ def test_kernels_in_the_interpreter(batch: int, tokens: int, heads: int, head_di
         np.testing.assert_allclose(got, want, atol=tolerance * max(1.0, float(np.abs(want).max())))
 
 
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(257, 3, 72), (300, 2, 64)])
+def test_ranges_of_queries(tokens: int, heads: int, head_dim: int) -> None:
+    """Long arrays are cut into ranges of queries, one a grid step; here they are short, and so are the ranges."""
+    arrays = inputs(2, tokens, heads, head_dim, "float32")
+    with tuning.override(cycles=1, queries=128, keys=128):
+        out, gradients = attend("pallas_tpu", tokens % 2, arrays)
+    wanted, wanted_gradients = attend("reference", tokens % 2, arrays)
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * max(1.0, float(np.abs(want).max())))
+
+
 @pytest.mark.parametrize("class_tokens", [0, 1])
 @pytest.mark.parametrize("mode", ["joint", "space", "time"])
 def test_rules_of_xla_share_the_residuals(mode: str, class_tokens: int) -> None:
