@@ -375,11 +375,14 @@ def to_paligemma(config: VLMConfig) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
     }
     if language.post_norms:
+        scalar = (language.query_scale or language.head_dim**-0.5) ** -2
+        if not math.isclose(scalar, round(scalar)):
+            raise ValueError(f"query_scale {language.query_scale}: transformers takes 1 / sqrt(n) with n whole, only")
         text |= {
             "attn_logit_softcapping": language.attention_softcap,
             "final_logit_softcapping": language.final_softcap,
             "sliding_window": language.window,
-            "query_pre_attn_scalar": (language.query_scale or language.head_dim**-0.5) ** -2,
+            "query_pre_attn_scalar": round(scalar),
         }
     vision = _to_vision(config.vision, "siglip") | {"vision_use_head": False, "projection_dim": language.width}
     return {
@@ -387,7 +390,8 @@ def to_paligemma(config: VLMConfig) -> dict[str, Any]:
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "hidden_size": language.width,
         "projection_dim": language.width,
-        "image_token_index": min(257_152, language.vocab_size - 1),
+        # The first id behind the tokenizer's; where the embedding ends before it, behind the embedding: no text has it.
+        "image_token_index": min(257_152, language.vocab_size),
         "vision_config": vision,
         "text_config": text | {"num_image_tokens": config.vision.num_patches},
     }

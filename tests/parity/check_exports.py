@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.parity.families import MODELS, compute
-from tests.parity.make_goldens import REAL, TINY
+from .families import MODELS, compute
+from .make_goldens import REAL, TINY
 
 TOLERANCE = 1e-4  # relative to the output's root mean square
 
@@ -46,7 +46,8 @@ def main() -> int:
         for output, value in compute(case, load(case.family, arguments.exports / name), golden).items():
             wanted = golden[output]
             if output == "greedy":
-                error, agrees = float(np.mean(value != wanted)), np.array_equal(value, wanted)
+                error = float(np.mean((value != wanted) & (wanted >= 0)))
+                agrees = error == 0
             else:
                 error = float(np.abs(value - wanted).max() / np.sqrt(np.mean(np.square(wanted))))
                 agrees = error <= TOLERANCE
