@@ -199,7 +199,9 @@ TINY = {
         dtype=BRAIN,
     ),
 }
-SO400M = (224, 14, 1152, 16, 4304)
+SO400M = (1152, 16, 4304)  # width, heads, mlp
+# Large layers: few rows, frames of 64 patches where a language model reads them, few tokens to continue with.
+CHEAP: dict[str, Any] = {"rows": 2, "greedy": 8, "any_text": True}
 REAL = {
     "clip-l14": _clip(
         _tower(224, 14, 1024, 16, 4096, 1),
@@ -210,25 +212,23 @@ REAL = {
     ),
     "siglip-so400m-14": Case(
         family="siglip",
-        config={"vision_config": _tower(*SO400M, 1), "text_config": _text(1024, 64, 1152, 16, 4304, 1)},
+        config={"vision_config": _tower(224, 14, *SO400M, 1), "text_config": _text(1024, 64, 1152, 16, 4304, 1)},
         vocab=1024,
         pad=1,
         gain=1.0,
     ),
     "paligemma-3b": _paligemma(
-        _tower(*SO400M, 1),
+        _tower(112, 14, *SO400M, 1),
         _gemma(2048, 8, 1, 256, 16384, num_hidden_layers=1),
         1024,
         frames=2,
-        redraw=False,
         shard_size="200MB",
+        **CHEAP,
     ),
     "paligemma2-3b": _paligemma(
-        _tower(*SO400M, 1), _gemma(2304, 8, 4, 256, 9216, model_type="gemma2"), 1024, frames=2, redraw=False
+        _tower(112, 14, *SO400M, 1), _gemma(2304, 8, 4, 256, 9216, model_type="gemma2"), 1024, frames=2, **CHEAP
     ),
-    "t5-xl": Case(
-        family="t5", config=_t5(2048, 32, 64, 5120, 1, vocab_size=1024), vocab=1024, prompt=160, redraw=False
-    ),
+    "t5-xl": Case(family="t5", config=_t5(2048, 32, 64, 5120, 1, vocab_size=1024), vocab=1024, prompt=160, **CHEAP),
 }
 
 
