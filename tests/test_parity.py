@@ -5,6 +5,7 @@ The goldens in tests/parity/golden come from `make goldens`; tests/parity/golden
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pyvdl.config import VLMConfig
+from pyvdl.models.weight_configs import to_paligemma
 from pyvdl.models.weights import load_pretrained, save_pretrained
 from pyvdl.tokenizers import load_tokenizer
 from tests.parity.compare import Difference, cases, compare, differences
@@ -63,6 +66,19 @@ def test_an_exported_model_loads_again(name: str, tmp_path: Path) -> None:
     again = load_pretrained(tmp_path / "exported", dtype="float32")
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+def test_an_exported_gemma2_has_the_settings_that_transformers_takes(tmp_path: Path) -> None:
+    model = load_pretrained(GOLDEN / "paligemma2", dtype="float32")
+    save_pretrained(model, tmp_path / "exported")
+    settings = json.loads((tmp_path / "exported" / "config.json").read_text())
+    scalar = settings["text_config"]["query_pre_attn_scalar"]
+    assert (scalar, type(scalar)) == (10, int)
+    assert settings["image_token_index"] == settings["text_config"]["vocab_size"]
+    assert isinstance(model.config, VLMConfig)
+    language = dataclasses.replace(model.config.language, query_scale=0.3)
+    with pytest.raises(ValueError, match=r"query_scale 0\.3"):
+        to_paligemma(dataclasses.replace(model.config, language=language))
 
 
 @pytest.mark.parametrize("kind", ["t5", "siglip", "paligemma", "clip", "clip of two files"])
