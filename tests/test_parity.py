@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyvdl.config import VLMConfig
+from pyvdl.config import GemmaConfig, VLMConfig
 from pyvdl.models.weight_configs import to_paligemma
 from pyvdl.models.weights import load_pretrained, save_pretrained
 from pyvdl.tokenizers import load_tokenizer
@@ -76,6 +76,7 @@ def test_an_exported_gemma2_has_the_settings_that_transformers_takes(tmp_path: P
     assert (scalar, type(scalar)) == (10, int)
     assert settings["image_token_index"] == settings["text_config"]["vocab_size"]
     assert isinstance(model.config, VLMConfig)
+    assert isinstance(model.config.language, GemmaConfig)
     language = dataclasses.replace(model.config.language, query_scale=0.3)
     with pytest.raises(ValueError, match=r"query_scale 0\.3"):
         to_paligemma(dataclasses.replace(model.config, language=language))
