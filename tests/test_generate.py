@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -434,3 +438,32 @@ def test_generate_refuses(t5: VLM, clips: tuple[Any, Any], changes: dict[str, An
     arguments = {"video": clips[0], "prompt": clips[1], "max_length": 4, **changes}
     with pytest.raises(ValueError, match=words):
         generate(t5, **arguments)
+
+
+MESH = """
+import sys, numpy as np
+from jax.sharding import PartitionSpec as P
+from pyvdl.generate import generate
+from pyvdl.models import load_pretrained
+from pyvdl.sharding import make_mesh, place, put_batch
+mesh = make_mesh(2)
+whole = load_pretrained(sys.argv[1], dtype="float32")
+split = load_pretrained(sys.argv[1], dtype="float32", place=place(mesh))
+assert split.language.blocks.blocks.up[...].sharding.spec == P(None, None, "model")
+rng = np.random.default_rng(0)
+size = whole.config.vision.image_size
+batch = {"video": rng.integers(0, 256, (4, 2, size, size, 3), np.uint8), "prompt": rng.integers(4, 400, (4, 6), np.int32)}
+options = {"num_samples": 3, "max_length": 6, "top_p": 0.9}
+wanted = generate(whole, **batch, **options)
+found = generate(split, **put_batch(batch, mesh), **options)
+assert found.tokens.sharding.spec == P("data",)
+np.testing.assert_array_equal(found.tokens, wanted.tokens)
+np.testing.assert_allclose(found.log_probs, wanted.log_probs, rtol=1e-4)
+"""
+
+
+def test_a_mesh_gives_the_same_texts() -> None:
+    """Clips over one axis of the devices, matrices over the other."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    golden = Path(__file__).parent / "parity" / "golden" / "paligemma"
+    subprocess.run([sys.executable, "-c", MESH, golden], check=True, env=env)
