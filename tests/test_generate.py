@@ -452,7 +452,8 @@ split = load_pretrained(sys.argv[1], dtype="float32", place=place(mesh))
 assert split.language.blocks.blocks.up[...].sharding.spec == P(None, None, "model")
 rng = np.random.default_rng(0)
 size = whole.config.vision.image_size
-batch = {"video": rng.integers(0, 256, (4, 2, size, size, 3), np.uint8), "prompt": rng.integers(4, 400, (4, 6), np.int32)}
+video = rng.integers(0, 256, (4, 2, size, size, 3), np.uint8)
+batch = {"video": video, "prompt": rng.integers(4, 400, (4, 6), np.int32)}
 options = {"num_samples": 3, "max_length": 6, "top_p": 0.9}
 wanted = generate(whole, **batch, **options)
 found = generate(split, **put_batch(batch, mesh), **options)
