@@ -126,15 +126,9 @@ def rows_of(operation: str) -> int:
 
     ".lmr" streams what the matrix unit itself has transposed, eight rows at a time.
     """
-    return (
-        8
-        if ".lmr" in operation
-        else 16
-        if ".bf16" in operation
-        else 32
-        if ".s8" in operation or ".u8" in operation
-        else 8
-    )
+    if ".lmr" in operation:
+        return 8
+    return 16 if ".bf16" in operation else 32 if ".s8" in operation or ".u8" in operation else 8
 
 
 def executed(bundles: Iterable[bytes]) -> collections.Counter[str]:

@@ -73,7 +73,7 @@ class T5Config:
     num_heads: int = 32
     head_dim: int = 64
     mlp_dim: int = 5120
-    activation: Literal["gelu", "silu"] = "gelu"
+    activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"
     num_buckets: int = 32  # of relative position
     max_distance: int = 128  # tokens; farther ones share the last bucket
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -99,7 +99,6 @@ class GemmaConfig:
     num_kv_heads: int = 1  # query head n reads key head n // (num_heads // num_kv_heads)
     head_dim: int = 256
     mlp_dim: int = 16384
-    activation: Activation = "gelu_tanh"
     post_norms: bool = False  # Gemma 2: what attention and MLP add is normed too
     attention_softcap: float | None = None  # Gemma 2: 50; scores become softcap * tanh(scores / softcap)
     final_softcap: float | None = None  # Gemma 2: 30; the same of the logits

@@ -267,7 +267,7 @@ def _kind(path: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: tell load_tokenizer the kind, one of {_KINDS}") from None
-    return {"siglip2": "siglip", "umt5": "t5"}.get(found, found)
+    return {"siglip2": "siglip"}.get(found, found)
 
 
 def _is_word_tokenizer(path: Path) -> bool:

@@ -24,7 +24,7 @@ from jax import Array
 
 from pyvdl.config import GemmaConfig
 
-from .layers import ACTIVATIONS, Stack, attention, take_samples, valid_lengths
+from .layers import Stack, attention, take_samples, valid_lengths
 
 Rotation = tuple[Array, Array]  # cosines and sines, float32[..., 1, D / 2]
 
@@ -152,7 +152,7 @@ class GemmaBlock(nnx.Module):
         added = mixed.reshape(*x.shape[:-1], -1) @ self.out[...].astype(x.dtype)
         x = x + (self.post_attention(added) if config.post_norms else added)
         gate, value = jnp.split(self.norm_mlp(x) @ self.up[...].astype(x.dtype), 2, axis=-1)
-        added = (ACTIVATIONS[config.activation](gate) * value) @ self.down[...].astype(x.dtype)
+        added = (nnx.gelu(gate, approximate=True) * value) @ self.down[...].astype(x.dtype)
         return x + (self.post_mlp(added) if config.post_norms else added)
 
 

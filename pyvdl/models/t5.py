@@ -16,7 +16,7 @@ from jax import Array
 
 from pyvdl.config import T5Config
 
-from .layers import RelativeBias, Stack, attention, take_samples, valid_lengths
+from .layers import ACTIVATIONS, RelativeBias, Stack, attention, take_samples, valid_lengths
 
 # Deviation of the initial position biases. At T5's own width**-0.5 a short training cannot move them far enough for
 # heads to look at chosen distances, and does not learn in which order things stand; checkpoints bring their own.
@@ -38,8 +38,7 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[B, S, E] -> [B, S, E], without the residual."""
         gate, value = jnp.split(self.norm(x) @ self.up[...].astype(x.dtype), 2, axis=-1)
-        gate = nnx.silu(gate) if self.activation == "silu" else nnx.gelu(gate, approximate=True)
-        return (gate * value) @ self.down[...].astype(x.dtype)
+        return (ACTIVATIONS[self.activation](gate) * value) @ self.down[...].astype(x.dtype)
 
 
 class SelfAttention(nnx.Module):

@@ -161,7 +161,7 @@ def paligemma(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype:
 def t5(config: Mapping[str, Any], dtype: Dtype) -> T5Config:
     """Of transformers' T5Config: v1.1, Flan and UL2, whose output head is their own."""
     feed_forward = config.get("feed_forward_proj", "relu")
-    activations: dict[str, Any] = {"gated-gelu": "gelu", "gated-silu": "silu"}
+    activations: dict[str, Any] = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
     if feed_forward not in activations:
         raise ValueError(
             f"config.json: feed_forward_proj {feed_forward!r}: only {', '.join(activations)} are read, not T5 v1.0"
@@ -408,7 +408,7 @@ def to_t5(config: T5Config) -> dict[str, Any]:
         "num_layers": config.encoder_layers,
         "num_decoder_layers": config.decoder_layers,
         "num_heads": config.num_heads,
-        "feed_forward_proj": {"gelu": "gated-gelu", "silu": "gated-silu"}[config.activation],
+        "feed_forward_proj": {"gelu_tanh": "gated-gelu", "silu": "gated-silu"}[config.activation],
         "relative_attention_num_buckets": config.num_buckets,
         "relative_attention_max_distance": config.max_distance,
         "layer_norm_epsilon": 1e-6,

@@ -1,7 +1,7 @@
 """Public checkpoints in and out: CLIP, SigLIP, PaliGemma and T5, from safetensors and from big_vision's npz.
 
-Files are mapped into memory and read one layer of one parameter at a time, each process its own shards of it, so that
-beside the model itself a host holds about one of the file's arrays.
+Files are read one layer of one parameter at a time, and each process keeps its own shards of it, so that beside the
+model itself a host holds about one of the file's arrays.
 """
 
 from __future__ import annotations
@@ -197,16 +197,14 @@ def _of_safetensors(path: Path, source: Source, dtype: Any) -> tuple[Config, lis
             clip = weight_configs.clip(described, preprocessor, dtype)
             return clip, list(weight_names.hf_clip(clip))
         case "siglip" | "siglip2":
-            if "vision_model.embeddings.position_embedding.weight" in source.shapes:
-                embedding = source.shapes["vision_model.embeddings.patch_embedding.weight"]
-                if len(embedding) == 2:
-                    raise ValueError(f"{path}: SigLIP 2 of variable resolution (NaFlex) is not read; use a fixed one")
+            if len(source.shapes.get("vision_model.embeddings.patch_embedding.weight", ())) == 2:
+                raise ValueError(f"{path}: SigLIP 2 of variable resolution (NaFlex) is not read; use a fixed one")
             siglip = weight_configs.siglip(described, preprocessor, dtype)
             return siglip, list(weight_names.hf_siglip(siglip))
         case "paligemma":
             vlm = weight_configs.paligemma(described, preprocessor, dtype)
             return vlm, list(weight_names.hf_paligemma(vlm))
-        case "t5" | "umt5" if "lm_head.weight" in source.shapes:
+        case "t5" if "lm_head.weight" in source.shapes:
             t5 = weight_configs.t5(described, dtype)
             return t5, list(weight_names.hf_t5(t5))
         case found:
@@ -251,7 +249,7 @@ def _check(
     resized: bool,
 ) -> None:
     """Raises with all that is missing, left over or misshapen, before anything is read."""
-    wanted = expected_shapes(ours, rules)
+    wanted = _expected_shapes(ours, rules)
     free = {name for rule in rules if resized and {*rule.ours} & {*_RESAMPLED} for name in rule.theirs}
     faults = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in theirs]
     faults += [f"unknown {name}" for name in theirs if name not in wanted and not name.endswith(_IGNORED)]
@@ -264,7 +262,7 @@ def _check(
         raise ValueError(f"{where} does not hold the weights that its settings ask for: {'; '.join(faults)}")
 
 
-def expected_shapes(ours: Mapping[str, tuple[int, ...]], rules: list[Rule]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(ours: Mapping[str, tuple[int, ...]], rules: list[Rule]) -> dict[str, tuple[int, ...]]:
     """Of their arrays, from the shapes of our parameters."""
     wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules:
@@ -325,7 +323,7 @@ def _without_layers(sharding: Sharding) -> Sharding:
 
 
 def _put(array: np.ndarray, dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """Only the parts that this process holds are read, converted and copied."""
+    """Only the parts that this process holds are converted and copied."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], dtype, order="C"))
 
 
