@@ -17,9 +17,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from bench.common import (
     progress,
     ratio,
 )
+from bench.plain import PlainDualEncoder, plain_loss
 from pyvdl.config import (
     DualEncoderConfig,
     GemmaConfig,
@@ -64,6 +68,7 @@ REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12}
 SAMPLES, TOKENS = 10, 32
 MEMORY_PREFIX = 2048  # tokens
+ESTIMATED = {"dual encoder, ViT-L/14, rematerialised": 32, "VLM, So400m and T5-Large, rematerialised": 4}  # clips
 
 SO400M = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
 PALIGEMMA = VLMConfig(vision=SO400M, language=GemmaConfig())
@@ -71,7 +76,7 @@ SMALL = VLMConfig(
     vision=ViTConfig(image_size=56, width=192, depth=4, num_heads=3, mlp_dim=768, dtype="float32"),
     language=GemmaConfig(vocab_size=2048, width=256, depth=4, num_heads=4, head_dim=64, mlp_dim=1024, dtype="float32"),
 )
-GENERATE = {"gpu": (PALIGEMMA, 16), "tpu": (PALIGEMMA, 16), "cpu": (SMALL, 4)}  # model, clips at a time
+GENERATE = {"gpu": (PALIGEMMA, 8), "tpu": (PALIGEMMA, 8), "cpu": (SMALL, 4)}  # model, clips at a time
 
 
 # --- operations
@@ -295,9 +300,10 @@ class _Repeated:
 
 type Case = tuple[Any, Any, dict[str, np.ndarray], float]
 type Make = Callable[[Callable[[], Any]], Any]  # nnx.eval_shape, or a call
+type Sized = Callable[[Make, int], Case]  # by the number of clips
 
 
-def _dual_encoder(make: Make, config: DualEncoderConfig, batch: int) -> Case:
+def _dual_encoder(make: Make, batch: int, config: DualEncoderConfig, plain: bool = False) -> Case:
     """Model, loss, a batch, and the operations of a step: backward has two products for each of forward's."""
     rng = np.random.default_rng(0)
     vision, text = config.vision, config.text
@@ -306,10 +312,11 @@ def _dual_encoder(make: Make, config: DualEncoderConfig, batch: int) -> Case:
     ids[:, -1] = text.end_id
     data = {"video": rng.integers(0, 256, shape, np.uint8), "text": ids, "ok": np.ones(batch, bool)}
     forward = batch * (frame_flops(vision) + tower_flops(text, text.context_length)) + 2.0 * batch**2 * config.embed_dim
-    return make(lambda: DualEncoder(config, rngs=nnx.Rngs(0))), contrastive_loss_fn, data, 3 * forward
+    kind, loss = (PlainDualEncoder, plain_loss) if plain else (DualEncoder, contrastive_loss_fn)
+    return make(lambda: kind(config, rngs=nnx.Rngs(0))), loss, data, 3 * forward
 
 
-def _vlm(make: Make, config: VLMConfig, batch: int, prompt: int, target: int) -> Case:
+def _vlm(make: Make, batch: int, config: VLMConfig, prompt: int, target: int) -> Case:
     """The same; all is trained."""
     rng = np.random.default_rng(0)
     vision, language = config.vision, config.language
@@ -324,60 +331,96 @@ def _vlm(make: Make, config: VLMConfig, batch: int, prompt: int, target: int) ->
     return make(lambda: VLM(config, rngs=nnx.Rngs(0))), vlm_loss, data, 3 * batch * forward
 
 
-def small_cases() -> dict[str, Callable[[Make], Case]]:
+def small_cases() -> dict[str, tuple[Sized, tuple[int, ...]]]:
+    """Each with the numbers of clips to try, the largest first."""
     small = demo(512)
     return {
-        "dual encoder, demo": lambda make: _dual_encoder(make, small.dual_encoder, 48),
-        "VLM, demo": lambda make: _vlm(make, small.vlm, 16, 16, 24),
+        "dual encoder, demo": (functools.partial(_dual_encoder, config=small.dual_encoder), (48,)),
+        "dual encoder, demo, plain Flax": (
+            functools.partial(_dual_encoder, config=small.dual_encoder, plain=True),
+            (48,),
+        ),
+        "VLM, demo": (functools.partial(_vlm, config=small.vlm, prompt=16, target=24), (16,)),
     }
 
 
-def accelerator_cases() -> dict[str, Callable[[Make], Case]]:
+def accelerator_cases() -> dict[str, tuple[Sized, tuple[int, ...]]]:
+    """The same; of those not rematerialised, layers keep their products with weights."""
     sizes = paper(32_128).dual_encoder
     remat = dataclasses.replace(sizes, vision=dataclasses.replace(sizes.vision, remat=True))
-    vision = dataclasses.replace(SO400M, remat=True)
     language = T5Config(width=1024, encoder_layers=24, decoder_layers=24, num_heads=16, mlp_dim=2816, remat=True)
+    vlm = VLMConfig(vision=dataclasses.replace(SO400M, remat=True), language=language)
     return {
-        "dual encoder, ViT-L/14": lambda make: _dual_encoder(make, remat, 32),
-        "VLM, So400m and T5-Large": lambda make: _vlm(make, VLMConfig(vision=vision, language=language), 4, 64, 64),
+        "dual encoder, ViT-L/14": (functools.partial(_dual_encoder, config=sizes), (128, 96, 64)),
+        "dual encoder, ViT-L/14, plain Flax": (
+            functools.partial(_dual_encoder, config=sizes, plain=True),
+            (32, 24, 16),
+        ),
+        "VLM, So400m and T5-Large, rematerialised": (
+            functools.partial(_vlm, config=vlm, prompt=64, target=64),
+            (16, 8),
+        ),
+        "dual encoder, ViT-L/14, rematerialised": (functools.partial(_dual_encoder, config=remat), (512, 256)),
     }
 
 
-def time_steps(steps: int) -> list[dict[str, Any]]:
+def _largest(case: tuple[Sized, tuple[int, ...]], steps: int) -> tuple[float, float, int, float]:
+    """Operations, seconds a step, clips and the last loss, at the largest batch that fits."""
+    make, batches = case
+    for batch in batches:
+        model, loss, data, flops = make(lambda create: create(), batch)
+        optim = OptimConfig(name="adafactor", warmup_steps=2)
+        config = TrainConfig(steps=steps, batch_size=batch, optim=optim, log_every=steps)
+        try:
+            history = fit(model, loss, _Repeated(data), config, progress=False)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch == batches[-1]:
+                raise
+            progress(f"step: {batch} clips do not fit")
+            continue
+        # The first step compiles, and is not timed.
+        return flops, history.seconds / (steps - 1), batch, float(history.losses[-1])
+    raise AssertionError("no batches")
+
+
+def time_steps(steps: int, wanted: re.Pattern[str]) -> Iterator[dict[str, Any]]:
     """Whole steps of `pyvdl.train.fit`, host and optimizer included."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    table = [["training step", "clips", "TFLOP", "ms", "TFLOP/s", "of peak"]]
-    rows = []
-    cases = small_cases() if jax.default_backend() == "cpu" else accelerator_cases()
-    for name, make in cases.items():
+    for name, case in (small_cases() if jax.default_backend() == "cpu" else accelerator_cases()).items():
+        if not wanted.search(name):
+            continue
         progress(f"step: {name}")
-        model, loss, batch, flops = make(lambda create: create())
-        optim = OptimConfig(name="adafactor", warmup_steps=2)
-        config = TrainConfig(steps=steps, batch_size=len(batch["ok"]), optim=optim, log_every=steps)
-        history = fit(model, loss, _Repeated(batch), config, progress=False)
-        seconds = history.seconds / (steps - 1)  # the first one compiles, and is not timed
-        share = peak and flops / seconds / peak
-        cells = [f"{flops / 1e12:.3f}", f"{1000 * seconds:.1f}", f"{flops / seconds / 1e12:.2f}"]
-        table.append([name, str(len(batch["ok"])), *cells, f"{share:.0%}" if share else "not known"])
-        rows.append({"bench": "step", "case": name, "flops": flops, "seconds": seconds, "share_of_peak": share})
-        rows[-1]["loss"] = float(history.losses[-1])
-    print(f"\n{format_table(table)}")
-    return rows
+        flops, seconds, clips, loss = _largest(case, steps)
+        row = {"bench": "step", "case": name, "clips": clips, "flops": flops, "seconds": seconds}
+        yield row | {"share_of_peak": peak and flops / seconds / peak, "loss": loss}
 
 
-def estimate_steps() -> list[dict[str, Any]]:
+def table_of_steps(rows: Iterable[dict[str, Any]]) -> str:
+    table = [["training step", "clips", "TFLOP", "ms", "clips/s", "TFLOP/s", "of peak"]]
+    for row in rows:
+        flops, seconds, clips, share = (row[name] for name in ("flops", "seconds", "clips", "share_of_peak"))
+        cells = [f"{flops / 1e12:.3f}", f"{1000 * seconds:.1f}", f"{clips / seconds:.1f}"]
+        cells += [f"{flops / seconds / 1e12:.2f}", f"{share:.0%}" if share else "not known"]
+        table.append([row["case"], str(clips), *cells])
+    return format_table(table)
+
+
+def estimate_steps(wanted: re.Pattern[str]) -> list[dict[str, Any]]:
     """What a step would take on a TPU v5e, without the optimizer."""
-    table = [["step on TPU v5e: an estimate, not measured", "TFLOP", "ms", "of peak", "HBM temporaries"]]
+    table = [["step on TPU v5e: an estimate, not measured", "clips", "TFLOP", "ms", "of peak", "HBM temporaries"]]
     rows = []
-    for number, name in enumerate(accelerator_cases()):
+    for name, clips in ESTIMATED.items():
+        if not wanted.search(name):
+            continue
         progress(f"step on TPU v5e: {name}")
+        number = list(accelerator_cases()).index(name)
         try:
-            found = tpu_static.estimate(f"bench.tpu_steps:step({number})", "v5e")
+            found = tpu_static.estimate(f"bench.tpu_steps:step({number},{clips})", "v5e")
         except tpu_static.EstimateError as error:
             print(f"step on TPU v5e, {name}: no estimate: {error}")
             continue
         cells = [f"{found.flops / 1e12:.2f}", f"{1000 * found.seconds:.0f}", f"{found.useful:.0%}"]
-        table.append([name, *cells, f"{found.temporary_bytes / 2**30:.1f} GiB"])
+        table.append([name, str(clips), *cells, f"{found.temporary_bytes / 2**30:.1f} GiB"])
         rows.append({"bench": "step-v5e", "case": name, "nothing_measured": True, **asdict(found)})
         if found.broken:
             print(f"step on TPU v5e, {name}: INVALID: {'; '.join(found.broken)}")
@@ -393,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("modes", nargs="*", choices=MODES, default=MODES, help="what to time")
+    parser.add_argument("--cases", type=re.compile, default="", help="steps: those whose name this expression finds")
     parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "end_to_end.jsonl", help="file that rows are added to"
@@ -401,17 +445,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     env = environment(("jax", "jaxlib", "flax", "numpy")) | {"device": jax.devices()[0].device_kind}
     print(f"{env['device']}, {env['cpu']}, {env['cores']} cores (load {env['load']}), {env['system']}")
     print(", ".join(f"{name} {version}" for name, version in env["packages"].items()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))  # a time limit does not lose what is there
     rows: list[dict[str, Any]] = []
-    if "generate" in options.modes:
-        config, clips = GENERATE[jax.default_backend()]
-        rows += compare_generation(config, clips, options.rounds)
-        rows += compare_memory(config)
-    if "step" in options.modes:
-        rows += time_steps(2 * options.rounds + 1)
-        if jax.default_backend() == "cpu":
-            rows += estimate_steps()
-    append_rows(options.out, {"environment": env}, rows)
-    print(f"\nrows: {options.out}")
+    try:
+        if "generate" in options.modes:
+            config, clips = GENERATE[jax.default_backend()]
+            rows += compare_generation(config, clips, options.rounds)
+            rows += compare_memory(config)
+        if "step" in options.modes:
+            steps: list[dict[str, Any]] = []
+            try:
+                steps.extend(time_steps(2 * options.rounds + 1, options.cases))
+            finally:
+                rows += steps
+                print(f"\n{table_of_steps(steps)}")
+            if jax.default_backend() == "cpu":
+                rows += estimate_steps(options.cases)
+    finally:
+        append_rows(options.out, {"environment": env}, rows)
+        print(f"\nrows: {options.out}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import signal
 import sys
 import time
@@ -135,8 +136,11 @@ def with_backward(call: Call) -> Call:
     return run
 
 
-def attention_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
+def attention_rows(platform: str, rounds: int, wanted: re.Pattern[str]) -> Iterator[list[dict[str, Any]]]:
     for batch, tokens, heads, width, frames, mode in ATTENTION[platform]:
+        name = f"{mode} B={batch} S={tokens} N={heads} D={width}"
+        if not wanted.search(name):
+            continue
         keys = jax.random.split(jax.random.key(0), 4)
         q, k, v, gradient = (jax.random.normal(key, (batch, tokens, heads, width), jnp.bfloat16) for key in keys)
         class_tokens = tokens % 2
@@ -148,7 +152,6 @@ def attention_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]
         forward: dict[str, Call] = {"pyvdl": ours}
         forward |= {f"pyvdl {how}": functools.partial(ours, implementation=how) for how in OTHERS}
         forward |= {f"jax {how}": public(how, mask) for how in OTHERS}
-        name = f"{mode} B={batch} S={tokens} N={heads} D={width}"
         both = {who: with_backward(call) for who, call in forward.items()}
         found = compare(f"{name} forward", forward, (q, k, v), rounds)
         found += compare(f"{name} both", both, (q, k, v, gradient), rounds)
@@ -164,8 +167,11 @@ def attention_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]
         yield found
 
 
-def language_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
+def language_rows(platform: str, rounds: int, wanted: re.Pattern[str]) -> Iterator[list[dict[str, Any]]]:
     for batch, queries, keys, heads, kv_heads, width, causal in LANGUAGE[platform]:
+        name = f"attention B={batch} S={queries} K={keys} N={heads}/{kv_heads} D={width}{' causal' * causal} both"
+        if not wanted.search(name):
+            continue
         shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
         q, k, v, gradient = (
             jax.random.normal(key, (batch, length, n, width), jnp.bfloat16)
@@ -175,18 +181,20 @@ def language_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
         calls: dict[str, Call] = {"pyvdl": with_backward(ours)}
         for how in OTHERS:
             calls[f"pyvdl {how}"] = with_backward(functools.partial(ours, implementation=how))
-        name = f"attention B={batch} S={queries} K={keys} N={heads}/{kv_heads} D={width}{' causal' * causal} both"
         found = compare(name, calls, (q, k, v, gradient), rounds)
         definition = functools.partial(reference.attention, causal=causal, scale=width**-0.5)
         small = (q[:1], k[:1], v[:1], gradient[:1])
         wide = tuple(x.astype(jnp.float32) for x in small)
-        wanted = jax.jit(with_backward(definition))(*wide)
-        found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), wanted)
+        exact = jax.jit(with_backward(definition))(*wide)
+        found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), exact)
         yield found
 
 
-def contrastive_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
+def contrastive_rows(platform: str, rounds: int, wanted: re.Pattern[str]) -> Iterator[list[dict[str, Any]]]:
     for batch, width, kind in CONTRASTIVE[platform]:
+        name = f"{kind} B={batch} E={width}"
+        if not wanted.search(name):
+            continue
         keys = jax.random.split(jax.random.key(0), 2)
         video, text = (jax.random.normal(key, (batch, width)) for key in keys)
         video, text = (
@@ -210,10 +218,10 @@ def contrastive_rows(platform: str, rounds: int) -> Iterator[list[dict[str, Any]
             return reference.contrastive_loss(*wide, scale, jnp.float32(0) if bias is None else bias, kind=kind)
 
         calls = {who: jax.value_and_grad(call, argnums=(0, 1, 2)) for who, call in (("pyvdl", ours), ("dense", dense))}
-        found = compare(f"{kind} B={batch} E={width}", calls, (video, text, scale), rounds)
+        found = compare(name, calls, (video, text, scale), rounds)
         small = (video[:CHECKED_ROWS], text[:CHECKED_ROWS], scale)
-        wanted = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*small)
-        found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), wanted)
+        exact = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(*small)
+        found[0]["difference"] = difference(jax.jit(calls["pyvdl"])(*small), exact)
         yield found
 
 
@@ -237,6 +245,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--cases", type=re.compile, default="", help="only those whose name this expression finds")
     parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "kernels.jsonl")
     arguments = parser.parse_args()
@@ -250,7 +259,7 @@ def main() -> None:
     try:
         for mode in arguments.modes:
             for part in parts[mode]:
-                for found in part(platform, arguments.rounds):
+                for found in part(platform, arguments.rounds, arguments.cases):
                     rows += found
     finally:
         print(f"{device.device_kind}, jax {jax.__version__}, medians of {arguments.rounds} rounds\n")

@@ -294,6 +294,24 @@ void decode_clip(const char* path, const std::vector<int64_t>& frames, const Vie
   if (missing) throw std::runtime_error(std::to_string(missing) + " frames did not come out");
 }
 
+// Decodes all frames and does nothing with them.
+int64_t decode_all(const char* path) {
+  const auto format = open(path);
+  const AVStream* stream = video_stream(format.get());
+  const auto decoder = open_decoder(*stream);
+  const auto packet = own(av_packet_alloc());
+  const auto frame = own(av_frame_alloc());
+  int64_t count = 0;
+  for (bool more = true; more;) {
+    av_packet_unref(packet.get());
+    more = av_read_frame(format.get(), packet.get()) >= 0;
+    if (more && packet->stream_index != stream->index) continue;
+    check(avcodec_send_packet(decoder.get(), more ? packet.get() : nullptr), "decode");
+    while (avcodec_receive_frame(decoder.get(), frame.get()) >= 0) ++count;
+  }
+  return count;
+}
+
 }  // namespace
 
 extern "C" {
@@ -312,6 +330,10 @@ const char* limit_open(const char* path, AVFormatContext** opened) {
 }
 
 void limit_close(AVFormatContext* opened) { avformat_close_input(&opened); }
+
+const char* limit_decode(const char* path, int64_t* frames) {
+  return guarded([&] { *frames = decode_all(path); });
+}
 
 const char* limit_ffmpeg() { return av_version_info(); }
 

@@ -34,6 +34,8 @@ def load_limits() -> ctypes.CDLL:
     library.limit_open.restype = ctypes.c_char_p
     library.limit_close.argtypes = [ctypes.c_void_p]
     library.limit_close.restype = None
+    library.limit_decode.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)]
+    library.limit_decode.restype = ctypes.c_char_p
     library.limit_ffmpeg.argtypes = []
     library.limit_ffmpeg.restype = ctypes.c_char_p
     return library

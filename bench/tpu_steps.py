@@ -12,10 +12,10 @@ from bench.end_to_end import accelerator_cases
 from bench.tpu_static import Program
 
 
-def step(number: int) -> Program:
-    """One of bench.end_to_end's steps at the size that accelerators get."""
-    make = list(accelerator_cases().values())[number]
-    model, loss, batch, flops = make(nnx.eval_shape)
+def step(number: int, clips: int) -> Program:
+    """One of bench.end_to_end's steps for accelerators."""
+    make, _ = list(accelerator_cases().values())[number]
+    model, loss, batch, flops = make(nnx.eval_shape, clips)
     graph, state = nnx.split(model)
 
     def gradients(state: Any, batch: Any) -> Any:

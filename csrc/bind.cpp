@@ -67,7 +67,7 @@ class PyDecoder {
  public:
   PyDecoder(const PySource& source, const DecoderOptions& options) : owner_(source.owner) {
     const nb::gil_scoped_release release;
-    decoder_.emplace(source.source, options, Deadline());
+    decoder_ = open_remembered(source.source, identify(source.source, options.stream), options, Deadline());
   }
 
   nb::dict metadata() {
@@ -181,7 +181,7 @@ class PyDecoder {
 
  private:
   nb::object owner_;
-  std::optional<VideoDecoder> decoder_;
+  std::unique_ptr<VideoDecoder> decoder_;
   Converter converter_;
   std::mutex mutex_;
 };

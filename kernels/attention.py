@@ -104,11 +104,13 @@ def space_time_attention(
         return xla(q, k, v)
     shared = implementation == "pallas_tpu" or not _why_not_tpu(call, q)
     best = functools.partial(_space_time, call) if shared else xla
-    # Groups of a few tokens fill no tile of cuDNN's: they stay with XLA.
-    wide = mode == "joint" or (mode == "space" and patches // frames >= 64)
-    if implementation is None and wide and attention_cudnn.is_here() and not attention_cudnn.refusal(q):
-        # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules.
-        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=best)
+    if implementation is None and attention_cudnn.is_here():
+        # cuDNN keeps residuals of its own, so the choice stands around the whole op and not inside its rules. Groups of
+        # a few tokens fill no tile of cuDNN's; there XLA's own backward is 1.3 times as fast as our rule (H100).
+        if not (mode == "joint" or (mode == "space" and patches // frames >= 64)):
+            return jax.lax.platform_dependent(q, k, v, cuda=xla, default=best)
+        if not attention_cudnn.refusal(q):
+            return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=best)
     return best(q, k, v)
 
 

@@ -54,20 +54,20 @@ def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | Non
         return "takes no q_offset"
     if options["causal"] and q.shape[1] != k.shape[1]:
         return f"takes causal with as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
-    if options["kv_lengths"] is not None:
-        return "takes no kv_lengths: with none valid it does not give zeros"
+    if options["window"] is not None and (not options["causal"] or options["kv_lengths"] is not None):
+        return "takes a window with causal and without kv_lengths only"
     return None
 
 
-def _call(q: Array, k: Array, v: Array, **options: Any) -> Array:
+def _call(q: Array, k: Array, v: Array, *, kv_lengths: Array | None = None, **options: Any) -> Array:
     call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     if ODD_LENGTHS or not (queries % 2 or keys % 2):
-        return call(q, k, v)
-    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
+        return call(q, k, v, key_value_seq_lengths=kv_lengths)
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    out = call(q, k, v, **{name: jnp.full(batch, length, jnp.int32) for name, length in lengths.items()})
-    return out[:, :queries]
+    kv_lengths = jnp.full(batch, keys, jnp.int32) if kv_lengths is None else kv_lengths
+    query_lengths = jnp.full(batch, queries, jnp.int32)
+    return call(q, k, v, query_seq_lengths=query_lengths, key_value_seq_lengths=kv_lengths)[:, :queries]
 
 
 def space_time(q: Array, k: Array, v: Array, *, frames: int, mode: str, class_tokens: int, scale: float) -> Array:
@@ -82,7 +82,23 @@ def space_time(q: Array, k: Array, v: Array, *, frames: int, mode: str, class_to
     return jnp.concatenate([out, attention_xla.dense(q[:, -1:], k, v, scale)], axis=1)
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool, window: int | None, scale: float, **_: Any) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    kv_lengths: Array | None,
+    window: int | None,
+    scale: float,
+    **_: Any,
+) -> Array:
     """q [B, S, N, D], k and v [B, K, Nkv, D]; see `attention.attention`."""
-    reach = None if window is None else (window - 1, 0 if causal else window - 1)
-    return _call(q, k, v, scale=scale, is_causal=causal, local_window_size=reach)
+    reach = None if window is None else (window - 1, 0)
+    options: dict[str, Any] = {"scale": scale, "is_causal": causal, "local_window_size": reach}
+    if kv_lengths is None:
+        return _call(q, k, v, **options)
+    # With no key valid cuDNN does not give zeros, so such a row attends to its first key, and is cleared.
+    lengths = kv_lengths.astype(jnp.int32)
+    out = _call(q, k, v, kv_lengths=jnp.maximum(lengths, 1), **options)
+    return jnp.where((lengths > 0)[:, None, None, None], out, 0)

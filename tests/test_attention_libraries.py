@@ -68,7 +68,8 @@ def test_splash_refuses_what_it_does_not_take(shape: tuple[int, ...], options: d
         ("float32", 64, {}, "bfloat16 and float16"),
         ("bfloat16", 60, {}, "multiples of 8"),
         ("bfloat16", 64, {"softcap": 3.0}, "softcap"),
-        ("bfloat16", 64, {"kv_lengths": jnp.array([3])}, "kv_lengths"),
+        ("bfloat16", 64, {"causal": True, "window": 3, "kv_lengths": jnp.array([3])}, "window"),
+        ("bfloat16", 64, {"window": 3}, "window"),
         ("bfloat16", 64, {"causal": True, "q_offset": 2}, "q_offset"),
     ],
 )
@@ -78,8 +79,9 @@ def test_cudnn_refuses_what_it_does_not_take(dtype: str, head_dim: int, options:
         attention(x, x, x, implementation="cudnn", **options)
 
 
-def test_odd_lengths_for_cudnn_are_padded_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with JAX 0.11; XLA stands in for cuDNN, which is not here."""
+@pytest.fixture
+def cudnn_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """XLA stands in for cuDNN, which is not here; the shapes of the queries that it was called with."""
     call = jax.nn.dot_product_attention
     seen: list[tuple[int, ...]] = []
 
@@ -89,6 +91,13 @@ def test_odd_lengths_for_cudnn_are_padded_and_cut(monkeypatch: pytest.MonkeyPatc
         return call(q, *rest, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    return seen
+
+
+def test_odd_lengths_for_cudnn_are_padded_and_cut(
+    cudnn_calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with JAX 0.11."""
     monkeypatch.setattr(attention_cudnn, "ODD_LENGTHS", False)
     q, k, v = (normal(seed, 2, 3 * 5 + 1, 2, 8).astype(jnp.bfloat16) for seed in range(3))
     for mode in ("joint", "space", "time"):
@@ -96,4 +105,24 @@ def test_odd_lengths_for_cudnn_are_padded_and_cut(monkeypatch: pytest.MonkeyPatc
         got = attention_cudnn.space_time(q, k, v, **options)
         wide = (x.astype(jnp.float32) for x in (q, k, v))
         np.testing.assert_allclose(got.astype(jnp.float32), reference.space_time_attention(*wide, **options), atol=2e-2)
-    assert all(shape[1] % 2 == 0 for shape in seen)
+    assert all(shape[1] % 2 == 0 for shape in cudnn_calls)
+
+
+@pytest.mark.parametrize("pads", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths_for_cudnn_clear_rows_without_a_key(
+    causal: bool, pads: bool, cudnn_calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cudnn, "ODD_LENGTHS", not pads)
+    q, gradient = (normal(seed, 3, 9, 4, 8).astype(jnp.bfloat16) for seed in (0, 3))
+    k, v = (normal(seed, 3, 9, 2, 8).astype(jnp.bfloat16) for seed in (1, 2))
+    options: dict[str, Any] = {"causal": causal, "kv_lengths": jnp.array([0, 4, 9], jnp.int32)}
+
+    def run(implementation: str) -> list[np.ndarray]:
+        out, pull = jax.vjp(lambda *x: attention(*x, implementation=implementation, **options), q, k, v)
+        return [np.asarray(x, np.float32) for x in (out, *pull(gradient))]
+
+    for got, wanted in zip(run("cudnn"), run("reference"), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=5e-2)
+        assert not got[0].any()
+    assert cudnn_calls
