@@ -51,13 +51,13 @@ from pyvdl.config import (
     GemmaConfig,
     OptimConfig,
     T5Config,
-    TextTowerConfig,
     TrainConfig,
     ViTConfig,
     VLMConfig,
     demo,
     paper,
 )
+from pyvdl.flops import dual_encoder_flops, prefill_flops, vlm_flops
 from pyvdl.generate import Samples, generate
 from pyvdl.models import VLM, DualEncoder, save_pretrained
 from pyvdl.train import contrastive_loss_fn, fit, vlm_loss
@@ -77,46 +77,6 @@ SMALL = VLMConfig(
     language=GemmaConfig(vocab_size=2048, width=256, depth=4, num_heads=4, head_dim=64, mlp_dim=1024, dtype="float32"),
 )
 GENERATE = {"gpu": (PALIGEMMA, 8), "tpu": (PALIGEMMA, 8), "cpu": (SMALL, 4)}  # model, clips at a time
-
-
-# --- operations
-
-
-def tower_flops(config: ViTConfig | TextTowerConfig, tokens: int) -> float:
-    """Of a forward pass over a sequence: two for each multiplication with a weight, scores and values by all tokens."""
-    weights = config.depth * (4 * config.width**2 + 2 * config.width * config.mlp_dim)
-    return 2.0 * tokens * weights + 4.0 * config.depth * tokens**2 * config.width
-
-
-def frame_flops(config: ViTConfig) -> float:
-    """Of a ViT over its frames."""
-    patches = config.num_frames * config.num_patches
-    return tower_flops(config, patches + config.class_token) + 2.0 * patches * 3 * config.patch_size**2 * config.width
-
-
-def gemma_flops(config: GemmaConfig, tokens: int) -> float:
-    """Of a forward pass over a prefix, without the head."""
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.width
-    weights = config.depth * (attention + 3 * config.width * config.mlp_dim)
-    return 2.0 * tokens * weights + 4.0 * config.depth * tokens**2 * config.num_heads * config.head_dim
-
-
-def prefill_flops(config: VLMConfig, prompt: int) -> float:
-    """Of one clip."""
-    language, patches = config.language, config.num_frames * config.vision.num_patches
-    assert isinstance(language, GemmaConfig)
-    projection = 2.0 * patches * config.vision.width * language.width
-    return config.num_frames * frame_flops(config.vision) + projection + gemma_flops(language, patches + prompt)
-
-
-def t5_flops(config: T5Config, tokens: int, target: int) -> float:
-    """Of a forward pass over a sequence and its target, with the head."""
-    inner = config.num_heads * config.head_dim
-    attention, mlp = 4 * config.width * inner, 3 * config.width * config.mlp_dim
-    encoder = config.encoder_layers * (2.0 * tokens * (attention + mlp) + 4.0 * tokens**2 * inner)
-    cross = 2.0 * 2 * config.width * inner * (tokens + target) + 4.0 * tokens * target * inner
-    decoder = config.decoder_layers * (2.0 * target * (attention + mlp) + 4.0 * target**2 * inner + cross)
-    return encoder + decoder + 2.0 * target * config.width * config.vocab_size
 
 
 # --- generation
@@ -311,7 +271,7 @@ def _dual_encoder(make: Make, batch: int, config: DualEncoderConfig, plain: bool
     ids = rng.integers(4, text.vocab_size - 1, (batch, text.context_length), np.int32)
     ids[:, -1] = text.end_id
     data = {"video": rng.integers(0, 256, shape, np.uint8), "text": ids, "ok": np.ones(batch, bool)}
-    forward = batch * (frame_flops(vision) + tower_flops(text, text.context_length)) + 2.0 * batch**2 * config.embed_dim
+    forward = dual_encoder_flops(config, batch)
     kind, loss = (PlainDualEncoder, plain_loss) if plain else (DualEncoder, contrastive_loss_fn)
     return make(lambda: kind(config, rngs=nnx.Rngs(0))), loss, data, 3 * forward
 
@@ -325,10 +285,8 @@ def _vlm(make: Make, batch: int, config: VLMConfig, prompt: int, target: int) ->
     data: dict[str, np.ndarray] = {"video": rng.integers(0, 256, shape, np.uint8), "ok": np.ones(batch, bool)}
     for name, length in (("prompt", prompt), ("target", target)):
         data[name] = rng.integers(4, language.vocab_size, (batch, length), np.int32)
-    tokens = config.num_frames * vision.num_patches
-    projection = 2.0 * tokens * vision.width * language.width
-    forward = config.num_frames * frame_flops(vision) + projection + t5_flops(language, tokens + prompt, target)
-    return make(lambda: VLM(config, rngs=nnx.Rngs(0))), vlm_loss, data, 3 * batch * forward
+    forward = batch * vlm_flops(config, prompt, target)
+    return make(lambda: VLM(config, rngs=nnx.Rngs(0))), vlm_loss, data, 3 * forward
 
 
 def small_cases() -> dict[str, tuple[Sized, tuple[int, ...]]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from pyvdl.hlo import UnreadableError, scheduled
 
 
 class EstimateError(RuntimeError):
@@ -23,76 +25,26 @@ class Instruction(NamedTuple):
     vmem_bytes: int
 
 
-OPCODE = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (?:\((?:[^=]|/\*index=\d+\*/)*?\)|\S+) ([\w\-]+)\(")
 VMEM = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
-
-
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation, and the name of the entry. An instruction may span lines."""
-    found: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$", line):
-            current = found[head.group(2)] = []
-            entry = head.group(2) if head.group(1) else entry
-        elif current is None:
-            continue
-        elif re.match(r"^  (ROOT )?%?[\w.\-]+ = ", line):
-            current.append(line.strip())
-        elif line.strip() and current:
-            current[-1] += " " + line.strip()
-    return found, entry
 
 
 def instructions(hlo: str) -> list[Instruction]:
     """All that is scheduled from the entry on, with the number of times it runs."""
-    found, entry = computations(hlo)
     rows: list[Instruction] = []
-
-    def walk(name: str, trips: int) -> None:
-        for line in found.get(name, ()):
-            match = OPCODE.match(line)
-            if not match:
-                raise EstimateError(f"cannot read the instruction {line[:200]}")
-            label, opcode = match.groups()
-            if opcode == "while":
-                count = _trip_count(found, line)
-                if count is None:  # a body counted once would pass for an estimate
-                    rows.append(Instruction(label, "while of unknown trip count", None, trips, 0))
-                walk(_callee(line, "body"), trips * (count or 1))
-            elif opcode == "call":
-                walk(_callee(line, "to_apply"), trips)
-            elif opcode == "conditional":
-                for branch in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line):
-                    walk(branch, trips)
-            else:
-                cycles = re.findall(r'"?estimated_cycles"?:"?(\d+)', line)
-                pallas = opcode == "custom-call" and "tpu_custom_call" in line
-                if cycles or pallas:
-                    vmem = max(map(int, VMEM.findall(line)), default=0)
-                    kind = "pallas" if pallas else opcode
-                    rows.append(Instruction(label, kind, int(cycles[-1]) if cycles else None, trips, vmem))
-
-    walk(entry, 1)
+    try:
+        for label, opcode, line, trips in scheduled(hlo):
+            if trips is None:  # a body counted once would pass for an estimate
+                rows.append(Instruction(label, "while of unknown trip count", None, 1, 0))
+                continue
+            cycles = re.findall(r'"?estimated_cycles"?:"?(\d+)', line)
+            pallas = opcode == "custom-call" and "tpu_custom_call" in line
+            if cycles or pallas:
+                vmem = max(map(int, VMEM.findall(line)), default=0)
+                kind = "pallas" if pallas else opcode
+                rows.append(Instruction(label, kind, int(cycles[-1]) if cycles else None, trips, vmem))
+    except UnreadableError as error:
+        raise EstimateError(str(error)) from error
     return rows
-
-
-def _callee(line: str, attribute: str) -> str:
-    match = re.search(rf"{attribute}=%?([\w.\-]+)", line)
-    if not match:
-        raise EstimateError(f"no {attribute} in the instruction {line[:200]}")
-    return match.group(1)
-
-
-def _trip_count(found: Mapping[str, Sequence[str]], line: str) -> int | None:
-    """Told by XLA, or read from the condition `i < constant`, which scans and fori_loops from 0 have."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(known.group(1))
-    text = " ".join(found.get(_callee(line, "condition"), ()))
-    for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text):
-        text += " " + " ".join(found.get(name, ()))
-    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-    return int(constants[0]) if len(constants) == 1 and "direction=LT" in text else None
 
 
 EUP = ("vexp2", "vpow2", "vrcp", "vlog2", "vrsqrt", "vtanh", "verf", "vsin", "vcos", "vsigshft")

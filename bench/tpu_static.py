@@ -274,7 +274,7 @@ def compile_here(spec: str, topology: str, part: str, out: Path) -> None:
         "hbm_bytes": program.hbm_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "compile_seconds": seconds,
-        "kernels": [call.params["name"] for call in calls],
+        "kernels": [(call.params["name"], " ".join(str(x.aval) for x in call.invars)) for call in calls],
     }
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -358,24 +358,28 @@ def estimate(
             # its code once more. The rest comes from a compilation without a profile.
             told = "partly"
             facts, hlo = build("slice", [IN_HBM])
-            simulated = _each_alone(build, facts["kernels"], pallas_names(instructions(hlo)), folder)
+            simulated = _each_alone(build, [*map(tuple, facts["kernels"])], pallas_names(instructions(hlo)), folder)
         if memory and facts["whole"]:
             facts["temporary_bytes"] = build("whole", []).facts["temporary_bytes"]
         return read(spec, chip_name, told, facts, hlo, simulated)
 
 
 def _each_alone(
-    build: Callable[[str, Sequence[str]], Compiled], kernels: Sequence[str], wanted: set[str], folder: Path
+    build: Callable[[str, Sequence[str]], Compiled], kernels: Sequence[tuple[str, str]], wanted: set[str], folder: Path
 ) -> dict[str, Simulated]:
     """The wanted Pallas kernels, of the profile in `folder` or, where it ends too early, simulated one by one."""
     found = {name: kernel for name, kernel in profile(folder).items() if name in wanted}
-    for name in wanted - found.keys():
-        numbers = [i for i, kernel in enumerate(kernels) if kernel in name]
-        if len(numbers) != 1:
-            continue  # of several kernels with one name it cannot be told which it is
-        (own := folder / str(numbers[0])).mkdir()
-        with contextlib.suppress(EstimateError):
-            build(str(numbers[0]), _simulating(own))
+    for name in sorted(wanted - found.keys()):
+        numbers = [i for i, (kernel, _) in enumerate(kernels) if kernel in name]
+        # Of several kernels with one name it cannot be told which it is; but a kernel that is computed again in the
+        # backward pass stands there twice, with arguments of the same shapes.
+        if not numbers or len({kernels[i] for i in numbers}) != 1:
+            continue
+        own = folder / str(numbers[0])
+        if not own.exists():
+            own.mkdir()
+            with contextlib.suppress(EstimateError):
+                build(str(numbers[0]), _simulating(own))
         for alone, kernel in profile(own).items():
             if alone.startswith("alone."):
                 found[name] = kernel

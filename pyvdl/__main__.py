@@ -31,6 +31,7 @@ the method:
   adapt     an image vision-language model to video: the visual or the language stage
   caption   videos with the adapted model
   train     the video-text dual encoder on captions
+  plan      what a recipe needs on a TPU slice, compiled for it here
 measure:
   evaluate  captions and answers, or retrieval and zero-shot classes
   embed     videos as vectors
@@ -182,6 +183,21 @@ def _parser() -> Parser:
     p.add_argument("--out", type=Path, metavar="DIR", help="write shards of rows here")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_sampling(p)
+
+    p = verb(
+        "plan",
+        commands.plan,
+        "Compiles a recipe's training step for a TPU slice that is not there, and prints what it needs: memory of a\n"
+        "chip by kind, exchanges, bounds of a step's time, chip-hours. Nothing is measured; libtpu is needed.",
+        "pyvdl plan train --topology v5e:8x16",
+    )
+    p.add_argument("recipe", choices=("visual", "language", "train"), help="stage of the VLM, or the dual encoder")
+    p.add_argument("--topology", default="v5e:8x16", metavar="CHIP:AxB", help="v5e, v5p or v6e (default: v5e:8x16)")
+    p.add_argument("--preset", choices=("toy", "demo", "paper"), default="paper", help="sizes (default: paper)")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="change a setting, as in adapt and train"
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object")
 
     p = verb(
         "evaluate",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -284,7 +285,7 @@ def claim(path: Path, recipe: dict[str, Any]) -> None:
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on several hosts processes have the same number
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines)

@@ -19,6 +19,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 import pyvdl
 from pyvdl.config import DualEncoderConfig, VLMConfig
@@ -115,29 +116,43 @@ def save_model(
 ) -> None:
     """Writes a directory with config.json, the tokenizer and the parameters; it appears whole or not at all.
 
-    A directory already at `path` is replaced after the new one is complete.
+    A directory already at `path` is replaced after the new one is complete. Where there are several processes, all call
+    this, with the same path on a file system that they share.
     """
     if type(config).__name__ not in _CONFIGS:
         raise ValueError(f"config is a {type(config).__name__}: expected one of {', '.join(_CONFIGS)}")
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = target.with_name(f".{target.name}.new")  # the same one for all processes
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     try:
-        description = {
-            "pyvdl": pyvdl.__version__,
-            "class": type(config).__name__,
-            "config": _to_dict(config),
-        }
-        (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(temporary)
+        if first:
+            description = {
+                "pyvdl": pyvdl.__version__,
+                "class": type(config).__name__,
+                "config": _to_dict(config),
+            }
+            (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            tokenizer.save(temporary)
+        _meet(f"begin {target}")
         with ocp.StandardCheckpointer() as writer:
             writer.save(temporary / "params", _flatten(nnx.state(model)))
-        _replace_directory(temporary, target)
+        if first:
+            _replace_directory(temporary, target)
+        _meet(f"end {target}")
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _meet(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokenizer]:

@@ -154,6 +154,21 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pyvdl import plan as planning
+
+    request = planning.Request(arguments.recipe, arguments.preset, arguments.topology, tuple(arguments.set))
+    found = planning.plan(request)
+    if arguments.json:
+        facts = dataclasses.asdict(found) | {"fits": found.fits, "step_seconds": found.step_seconds}
+        print(json.dumps(facts | {"total_bytes": found.memory.total, "advice": found.advice()}))
+    else:
+        print(planning.describe(found))
+    return 0 if found.fits else 1
+
+
 def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import caption_job, caption_records
     from pyvdl.checkpoint import is_public

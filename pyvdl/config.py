@@ -252,10 +252,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     num_threads: int = 2  # decoding threads of this process
     prefetch: int = 2  # batches decoded ahead
+    fsdp: int = 1  # devices that parameters and batches are both split over; the rest split batches alone
+    tensor: int = 1  # devices that matrices and attention heads are split over
+    accumulate: int = 1  # parts of a batch that go through the model one after the other; the step is that of the whole
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters as they are kept, those not trained too
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_threads")
+        _at_least(self, 1, "fsdp", "tensor", "accumulate")
         _at_least(self, 0, "seed", "prefetch")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, not be {self.accumulate}")
         if not self.trainable:
             raise ValueError("trainable must hold at least one prefix, not ()")
         if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:

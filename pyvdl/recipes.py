@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -35,7 +36,16 @@ Stage = Literal["visual", "language"]
 PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
-_FREE = {"num_threads", "prefetch", "log_every", "checkpoint_every", "keep_checkpoints"}
+_FREE = {
+    "num_threads",
+    "prefetch",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "fsdp",
+    "tensor",
+    "accumulate",
+}
 
 
 def short_captions(tokenizer: Tokenizer, *, target_length: int) -> Encode:
@@ -211,6 +221,8 @@ def _run(
         seed=config.seed,
         num_threads=config.num_threads,
         prefetch=config.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     out.mkdir(parents=True, exist_ok=True)
     claim(out / RUN_FILE, asked | {"data_sha256": _digest(records), "model": shape, "train": kept})

@@ -1,48 +1,72 @@
-"""The device mesh: where parameters stand and how a process's share of a batch becomes one global array."""
+"""The device mesh: where parameters, optimizer state and batches stand, and what runs on each device by itself.
+
+One mesh for everything, with the axes "data" (batches alone are split over it), "fsdp" (batches and parameters) and
+"tensor" (parameters and attention heads). XLA's partitioner does the rest, but for what it cannot split: the kernels
+run in `jax.shard_map` over the mesh that `jax.set_mesh` set, see `space_time_attention`, `attention` and
+`contrastive_loss` here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
-MODEL_AXIS = "model"
-# The axis, from the end, over which a parameter of this name is split: products with these need no sums across devices
-# but one after `out` and one after `down`.
-_SPLIT = {"qkv": 1, "query": 1, "key_value": 1, "up": 1, "head": 1, "out": 2, "down": 2, "embedding": 2}
+from pyvdl import kernels
+
+BATCH_AXES = ("data", "fsdp")
+TENSOR_AXIS = "tensor"
+AXES = (*BATCH_AXES, TENSOR_AXIS)
+
+# The logical axes of the last two axes of a matrix, by its name: what it multiplies, what it gives.
+_LOGICAL = {
+    "qkv": ("embed", "heads"),
+    "query": ("embed", "heads"),
+    "key_value": ("embed", "heads"),
+    "out": ("heads", "embed"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "head": ("embed", "vocabulary"),
+    "embedding": ("vocabulary", "embed"),
+    "projection": ("embed", None),
+}
+# Products with matrices split so need no sum over "tensor" but one after `out` and one after `down`.
+_RULES = {"embed": "fsdp", "heads": TENSOR_AXIS, "mlp": TENSOR_AXIS, "vocabulary": TENSOR_AXIS}
 
 
-def make_mesh(model: int = 1) -> Mesh:
-    """Returns a mesh of all devices of all processes: the axis "data", and "model" of `model` devices.
-
-    Batches are split over "data", see `put_batch`; parameters over "model", see `place`.
-    """
-    count = jax.device_count()
-    if model < 1 or count % model:
-        raise ValueError(f"model must divide the {count} devices, not {model}")
-    return jax.make_mesh((count // model, model), (DATA_AXIS, MODEL_AXIS), (AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh of all devices of all processes (or of `devices`); the axis "data" takes what the others leave."""
+    count = len(devices) if devices is not None else jax.device_count()
+    if fsdp < 1 or tensor < 1 or count % (fsdp * tensor):
+        raise ValueError(f"fsdp * tensor must divide the {count} devices, not be {fsdp} * {tensor}")
+    shape = (count // (fsdp * tensor), fsdp, tensor)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def place(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns what `load_pretrained` asks: the sharding of a parameter, by its name and shape.
+    """Returns the sharding of a parameter, by its name and shape; `load_pretrained` asks it, too.
 
-    Matrices of attention and MLP, embeddings and heads are split over the axis "model" where their sizes allow it, the
-    rest is whole on every device.
+    Matrices of attention and MLP, embeddings and heads are split over "fsdp" and "tensor" where their sizes allow it;
+    the rest is whole on every device.
     """
-    devices = mesh.shape[MODEL_AXIS]
 
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         parts = name.split(".")
-        if parts[-1] == "kernel":
+        if parts[-1] in ("kernel", "value"):
             parts.pop()
-        axis = _SPLIT.get(parts[-1], 0)
-        if not axis or len(shape) < 2 or shape[-axis] % devices:
+        logical = _LOGICAL.get(parts[-1])
+        if logical is None or len(shape) < 2:
             return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - axis), MODEL_AXIS))
+        axes = [_RULES.get(axis) if axis else None for axis in logical]
+        kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape[-2:])]
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 2), *kept))
 
     return sharding
 
@@ -52,19 +76,147 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays whose first axis is split over "data" and "fsdp"."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a model's state, by `place`."""
+    of = place(mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, x: of(_name(path), x.shape), tree)
+
+
+def optimizer_shardings(opt_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of an optimizer's state: what belongs to a parameter stands as that does.
+
+    A parameter's factored moments lack one of its axes, and stand as what is left of it. `opt_state` and `params` are
+    trees of arrays or of their shapes.
+    """
+    of = place(mesh)
+    known = {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def sharding(path: Any, x: Any) -> NamedSharding:
+        name = _name(path)
+        parts = name.split(".")
+        own = next((rest for i in range(len(parts)) if (rest := ".".join(parts[i:])) in known), None)
+        if own is None:
+            return replicated(mesh)
+        shape = known[own]
+        whole = of(own, shape)
+        if tuple(x.shape) == shape:
+            return whole
+        spec = (*whole.spec, *[None] * (len(shape) - len(whole.spec)))
+        for axis in reversed(range(len(shape))):
+            if tuple(x.shape) == shape[:axis] + shape[axis + 1 :]:
+                return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Starts the copies to the devices and returns global arrays whose first axis is split over the data axis.
+    """Starts the copies to the devices and returns global arrays whose first axis is split over the batch axes.
 
     `batch` is this process's share; every process holds an equal one.
     """
-    count = mesh.local_mesh.shape[DATA_AXIS]
+    count = math.prod(mesh.local_mesh.shape[axis] for axis in BATCH_AXES)
     for name, value in batch.items():
         if len(value) % count:
             raise ValueError(f"{name}: {len(value)} rows do not divide over the {count} shares of this process")
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns a copy of `tree` on every device; the buffers given stay the caller's, whatever is donated later."""
-    return jax.tree.map(lambda value: jax.device_put(value, replicated(mesh), may_alias=False), tree)
+def put(tree: Any, shardings: Any) -> Any:
+    """Returns a copy of `tree` that stands so; the buffers given stay the caller's, whatever is donated later."""
+    return jax.tree.map(lambda x, sharding: jax.device_put(x, sharding, may_alias=False), tree, shardings)
+
+
+# --- what XLA's partitioner cannot split
+
+
+def split_rows(x: Array) -> Array:
+    """x [B, ...] with the hint that B is split over the batch axes, where a mesh is set and B divides."""
+    mesh = _mesh()
+    if mesh is None or not _batch_axes(mesh, x.shape[0]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 1)))
+
+
+def space_time_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    """`pyvdl.kernels.space_time_attention`; under a mesh each device takes its clips and its heads."""
+    call = functools.partial(kernels.space_time_attention, **options)
+    mesh = _mesh()
+    if mesh is None:
+        return call(q, k, v)
+    spec = PartitionSpec(_batch_axes(mesh, q.shape[0]), None, _head_axis(mesh, q.shape[2]))
+    return jax.shard_map(call, in_specs=(spec,) * 3, out_specs=spec)(q, k, v)
+
+
+def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    """`pyvdl.kernels.attention`; under a mesh each device takes its rows and its heads."""
+    mesh = _mesh()
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array | np.ndarray)}
+    fixed = {name: x for name, x in options.items() if name not in arrays}
+    if mesh is None:
+        return kernels.attention(q, k, v, **options)
+    rows = _batch_axes(mesh, q.shape[0])
+    heads = _head_axis(mesh, q.shape[2])
+    if heads and k.shape[2] % mesh.shape[heads]:
+        # Query heads of a device must find their key heads there: all of them read one, or none are split.
+        heads = heads if k.shape[2] == 1 else None
+    key_heads = None if k.shape[2] == 1 else heads
+    specs = {
+        name: PartitionSpec(rows if x.shape[0] > 1 else None, heads if x.ndim > 1 and x.shape[1] > 1 else None)
+        if x.ndim > 1
+        else PartitionSpec(rows if x.ndim else None)
+        for name, x in arrays.items()
+    }
+    own, others = PartitionSpec(rows, None, heads), PartitionSpec(rows, None, key_heads)
+
+    def call(q: Array, k: Array, v: Array, arrays: dict[str, Array]) -> Array:
+        return kernels.attention(q, k, v, **fixed, **arrays)
+
+    whole = {name: jnp.asarray(x) for name, x in arrays.items()}
+    return jax.shard_map(call, in_specs=(own, others, others, specs), out_specs=own)(q, k, v, whole)
+
+
+def contrastive_loss(
+    video: Array, text: Array, scale: Array, bias: Array | None, *, kind: str, groups: Array | None
+) -> Array:
+    """`pyvdl.kernels.contrastive_loss` of the global batch; under a mesh rows go around the ring of the batch axes."""
+    mesh = _mesh()
+    call = functools.partial(kernels.contrastive_loss, kind=kind)
+    if mesh is None or math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 1:
+        return call(video, text, scale, bias, groups=groups)
+    if not _batch_axes(mesh, video.shape[0]):
+        raise ValueError(f"{video.shape[0]} rows do not divide over the mesh {dict(mesh.shape)}")
+    rows, same = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def local(video: Array, text: Array, scale: Array, bias: Array | None, groups: Array | None) -> Array:
+        return call(video, text, scale, bias, groups=groups, axis_name=BATCH_AXES)
+
+    in_specs = (rows, rows, same, None if bias is None else same, None if groups is None else rows)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=same)(video, text, scale, bias, groups)
+
+
+def _mesh() -> Any:
+    """The mesh around the trace, if it is one of ours, has several devices, and is not split by hand already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or tuple(mesh.axis_names) != AXES or mesh.size == 1 or mesh.manual_axes:
+        return None
+    return mesh
+
+
+def _batch_axes(mesh: Any, rows: int) -> tuple[str, ...] | None:
+    """The batch axes, where the rows divide over them."""
+    return BATCH_AXES if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+
+
+def _head_axis(mesh: Any, heads: int) -> str | None:
+    return TENSOR_AXIS if heads % mesh.shape[TENSOR_AXIS] == 0 else None
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

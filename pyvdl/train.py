@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,18 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pyvdl import kernels
 from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.optim import make_optimizer, make_schedule
 from pyvdl.progress import Progress
-from pyvdl.sharding import make_mesh, put_batch, replicate, replicated
+from pyvdl.sharding import contrastive_loss, make_mesh, put_batch
+from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, split
 from pyvdl.text import PAD_ID
-
-Batch = dict[str, jax.Array]
-LossFunction = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 # What a later run reads of a line of metrics.jsonl.
 _LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
@@ -88,16 +86,17 @@ def fit(
     interval could be used (the loss reports `failed_share`).
     """
     check_settings(model, config)
-    mesh = make_mesh()
-    graph, params, frozen, rest = _split(model, config.trainable)
-    params, rest = replicate(params, mesh), replicate(rest, mesh)
-    frozen = jax.device_put(frozen, replicated(mesh))
+    mesh = make_mesh(config.fsdp, config.tensor)
+    graph, params, frozen, rest = split(model, config.trainable)
+    if config.param_dtype != "float32":
+        params, frozen = (jax.tree.map(lambda x: x.astype(config.param_dtype), tree) for tree in (params, frozen))
+    state = begin(params, rest, frozen, config.optim, config.steps, mesh)
+    params, opt_state, rest, frozen = state
     nnx.update(model, params)  # lets go of the arrays that were copied
-    optimizer = make_optimizer(config.optim, config.steps)
-    opt_state = jax.jit(optimizer.init, out_shardings=replicated(mesh))(params)
-    train_step = _make_step(graph, loss_fn, config.optim, config.steps, mesh)
+    train_step = _compiled_step(graph, loss_fn, config.optim, config.steps, config.accumulate, mesh)
 
     with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         stack.callback(lambda: nnx.update(model, nnx.merge_state(params, rest)))
         checkpointer = stop = None
         first = 0
@@ -107,7 +106,7 @@ def fit(
             if found is not None:
                 first, restored, opt_state, data_state = found
                 nnx.update(model, restored)
-                _, params, frozen, rest = _split(model, config.trainable)
+                _, params, frozen, rest = split(model, config.trainable)
                 batches.set_state(data_state)
             if first > config.steps:
                 raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
@@ -129,7 +128,7 @@ def fit(
                 previous.block_until_ready()  # at most two steps in flight: the host must not queue batches without end
             previous = scalars["loss"]
             bar.advance()
-            stopping = stop is not None and stop.requested
+            stopping = stop is not None and stop.reached(step)
             saving = checkpointer is not None and (
                 stopping or step == config.steps or step % config.checkpoint_every == 0
             )
@@ -148,7 +147,7 @@ def fit(
 
 def check_settings(model: nnx.Module, config: TrainConfig) -> None:
     """Raises ValueError for settings that `fit` could not run this model with."""
-    _split(model, config.trainable)
+    split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
 
 
@@ -161,30 +160,37 @@ def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     target, ok = batch["target"], batch["ok"]
     logits = model(batch.get("video"), batch["prompt"], target)
     weights = ((target != PAD_ID) & ok[:, None]).astype(jnp.float32)
-    count = jnp.maximum(weights.sum(), 1.0)
+    tokens = weights.sum()
+    count = jnp.maximum(tokens, 1.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
     correct = (jnp.argmax(logits, axis=-1) == target) * weights
-    scalars = {"token_accuracy": correct.sum() / count, "failed_share": _failed_share(ok)}
+    scalars = {"token_accuracy": correct.sum() / count, "failed_share": _failed_share(ok), WEIGHT: tokens}
     return (losses * weights).sum() / count, scalars
 
 
-def contrastive_loss_fn(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Contrastive loss of a dual encoder, softmax or sigmoid as it is made, averaged over the clips that are ok.
-
-    batch: video uint8[B, T, H, W, 3], text int32[B, L], ok bool[B], optional group int32[B] of 0 or more (clips of one
-    group are no negatives of each other). A clip that is not ok is neither a positive nor a negative: see `_set_aside`.
-    """
-    ok = batch["ok"]
+def _embed_pairs(model: Any, batch: Batch) -> tuple[Any, Any]:
     video, text, scale, bias = model(batch["video"], batch["text"])
+    return (video, text), (scale, bias)
+
+
+def _compare_pairs(rows: Any, numbers: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    (video, text), (scale, bias), ok = rows, numbers, batch["ok"]
     groups = batch.get("group", jnp.arange(len(ok), dtype=jnp.int32))
     video, text, groups = _set_aside(video, text, groups, ok)
     share = jnp.mean(ok, dtype=jnp.float32)
     kind = "softmax" if bias is None else "sigmoid"
-    loss = kernels.contrastive_loss(video, text, scale, bias, kind=kind, groups=groups)
+    loss = contrastive_loss(video, text, scale, bias, kind=kind, groups=groups)
     if bias is not None:
         loss -= (1 - share) * nnx.softplus(-bias)  # of a row set aside with itself: the logit is the bias
     loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0
     return loss, {"scale": scale, "failed_share": _failed_share(ok)}
+
+
+# Contrastive loss of a dual encoder, softmax or sigmoid as it is made, averaged over the clips that are ok.
+#
+# batch: video uint8[B, T, H, W, 3], text int32[B, L], ok bool[B], optional group int32[B] of 0 or more (clips of one
+# group are no negatives of each other). A clip that is not ok is neither a positive nor a negative: see `_set_aside`.
+contrastive_loss_fn = PairedLoss(_embed_pairs, _compare_pairs)
 
 
 def _failed_share(ok: jax.Array) -> jax.Array:
@@ -210,38 +216,11 @@ def _set_aside(
     return video, text, jnp.where(ok, groups, -1)
 
 
-def _split(model: nnx.Module, prefixes: tuple[str, ...]) -> tuple[Any, Any, Any, Any]:
-    """Returns graph, parameters below `prefixes`, other parameters, other state; every prefix must name a parameter."""
-    wanted = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
-    paths = [tuple(map(str, path)) for path in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths]
-    for prefix, parts in zip(prefixes, wanted):
-        if not any(path[: len(parts)] == parts for path in paths):
-            raise ValueError(f"trainable={prefix!r} names no parameter; the model has {sorted({p[0] for p in paths})}")
-
-    def accepts(path: tuple[Any, ...], value: Any) -> bool:
-        names = tuple(map(str, path))
-        return isinstance(value, nnx.Param) and any(names[: len(parts)] == parts for parts in wanted)
-
-    graph, params, frozen, rest = nnx.split(model, accepts, nnx.Param, ...)  # type: ignore[misc]
-    return graph, params, frozen, rest
-
-
 @functools.lru_cache(maxsize=1)  # runs of one kind after another, as of the dual encoders, compile once
-def _make_step(graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, mesh: Mesh) -> Any:
-    optimizer = make_optimizer(optim, steps)
-
-    def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, dict[str, Any]]:
-        def objective(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-            model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
-            loss, scalars = loss_fn(model, batch)
-            return loss, (scalars, nnx.state(model, nnx.Not(nnx.Param)))
-
-        (loss, (scalars, new_rest)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return optax.apply_updates(params, updates), opt_state, new_rest, scalars
-
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=replicated(mesh))
+def _compiled_step(
+    graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, accumulate: int, mesh: Mesh
+) -> Any:
+    return jax.jit(make_step(graph, loss_fn, optim, steps, accumulate, mesh), donate_argnums=(0, 1))
 
 
 class _Ahead:
@@ -296,9 +275,12 @@ class _Log:
         self._timed_steps = 0
         self._compile_seconds = 0.0
         self._start = self._created = time.perf_counter()
-        if workdir is not None and jax.process_index() == 0:
-            self._path = Path(workdir) / "metrics.jsonl"
-            self._lines = _keep_lines(self._path, first)
+        if workdir is not None:
+            path = Path(workdir) / "metrics.jsonl"
+            self._lines = _read_lines(path, first)
+            if jax.process_index() == 0:
+                self._path = path
+                _replace_lines(path, self._lines)
 
     def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
         self._pending.append(scalars)
@@ -371,9 +353,8 @@ class _Log:
         )
 
 
-def _keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Cuts from the file at `path` what lies after `last_step`, which is about to be done again; returns the rest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _read_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of the file at `path` but for those after `last_step`, whose steps are about to be done again."""
     if not path.exists():
         return []
     kept: list[dict[str, Any]] = []
@@ -392,18 +373,35 @@ def _keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
             )
         if line["step"] <= last_step:
             kept.append(line)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
     return kept
 
 
+def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not lines and not path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class _StopRequest:
-    """Within the context SIGTERM sets `requested`. Signals are the main thread's: elsewhere nothing is installed."""
+    """Within the context a SIGTERM is noticed. Signals are the main thread's: elsewhere nothing is installed.
+
+    Several processes must stop after the same step, whichever of them is told first: there JAX's own distributed
+    runtime takes the signal and agrees on the step.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._installed = threading.current_thread() is threading.main_thread()
+        self._requested = False
+        self._together = jax.process_count() > 1
+        self._installed = threading.current_thread() is threading.main_thread() and not self._together
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
 
     def __enter__(self) -> Self:
         if self._installed:
@@ -417,4 +415,4 @@ class _StopRequest:
             signal.signal(signal.SIGTERM, self._before)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True

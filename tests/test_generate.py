@@ -446,7 +446,7 @@ from jax.sharding import PartitionSpec as P
 from pyvdl.generate import generate
 from pyvdl.models import load_pretrained
 from pyvdl.sharding import make_mesh, place, put_batch
-mesh = make_mesh(2)
+mesh = make_mesh(tensor=2)
 whole = load_pretrained(sys.argv[1], dtype="float32")
 split = load_pretrained(sys.argv[1], dtype="float32", place=place(mesh))
 assert split.language.blocks.blocks.up[...].sharding.spec == P(None, None, "model")

@@ -281,7 +281,9 @@ def test_a_kernel_missing_from_the_profile_is_simulated_alone(profile: Path) -> 
         (folder / "a.textproto").write_text('hlo_op_name: "alone.1"\n estimated_cycles: 9\n', encoding="utf-8")
         raise EstimateError("aborted after that")
 
-    kernels = ["attn", "loss", "twice", "twice"]
-    found = tpu_static._each_alone(build, kernels, {"attn.1", "jvp_loss_.2", "twice.1"}, profile)
-    assert {name: kernel.cycles for name, kernel in found.items()} == {"attn.1": 200, "jvp_loss_.2": 9}
-    assert asked == ["1"]
+    kernels = [("attn", "a"), ("loss", "a"), ("twice", "a"), ("twice", "b"), ("again", "a"), ("again", "a")]
+    wanted = {"attn.1", "jvp_loss_.2", "twice.1", "again.3", "rematted_again.4"}
+    found = tpu_static._each_alone(build, kernels, wanted, profile)
+    cycles = {name: kernel.cycles for name, kernel in found.items()}
+    assert cycles == {"attn.1": 200, "jvp_loss_.2": 9, "again.3": 9, "rematted_again.4": 9}
+    assert asked == ["4", "1"]

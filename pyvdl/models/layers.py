@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from pyvdl.config import TextTowerConfig, ViTConfig
-from pyvdl.kernels import attention, space_time_attention
+from pyvdl.sharding import attention, space_time_attention, split_rows
 
 
 class Stack(nnx.Module):
@@ -40,9 +40,9 @@ class Stack(nnx.Module):
         """Applies block after block: x = block(x, *args, **kwargs)."""
 
         def body(block: Any, x: Array) -> tuple[Array, None]:
-            return block(x, *args, **kwargs), None
+            return split_rows(block(x, *args, **kwargs)), None
 
-        return self.scan(body, x)[0]
+        return self.scan(body, split_rows(x))[0]
 
     def scan(self, body: Callable[..., tuple[Any, Any]], carry: Any, *xs: Any) -> tuple[Any, Any]:
         """carry, y = body(block, carry, *x) over the blocks, x the slices of `xs` on axis 0 -> carry and stacked y."""

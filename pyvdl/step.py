@@ -1,0 +1,193 @@
+"""One training step on a mesh: the gradient of a loss, of the batch at once or in parts, and the optimizer's update.
+
+A batch larger than what fits goes through the model in `accumulate` parts, and the step is that of the whole batch.
+Where the loss is a mean over rows or tokens, gradients of the parts add up. A contrastive loss compares all rows with
+all others: there the embeddings of all parts are computed first, the loss and its gradients by the embeddings next, and
+then each part goes through the model again with those (the cached gradients of arXiv 2101.06983).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from pyvdl.config import OptimConfig
+from pyvdl.optim import make_optimizer
+from pyvdl.sharding import optimizer_shardings, put, replicated, split_rows, tree_shardings
+
+Batch = dict[str, Array]
+Scalars = dict[str, Array]
+LossFunction = Callable[[Any, Batch], tuple[Array, Scalars]]
+WEIGHT = "weight"  # the scalar of a loss that tells how much of a larger batch's mean it is; without it, its rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedLoss:
+    """A loss of a whole batch's embeddings: `of(embed(model, batch), batch)`.
+
+    embed: -> (rows, numbers): trees of arrays with one row for each of the batch, and of what does not depend on it.
+    """
+
+    embed: Callable[[Any, Batch], tuple[Any, Any]]
+    of: Callable[[Any, Any, Batch], tuple[Array, Scalars]]
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Array, Scalars]:
+        return self.of(*self.embed(model, batch), batch)
+
+
+class State(NamedTuple):
+    """What a step changes, and the parameters that it does not."""
+
+    params: Any
+    opt_state: Any
+    rest: Any  # what of the model is not a parameter
+    frozen: Any
+
+
+def split(model: nnx.Module, prefixes: tuple[str, ...]) -> tuple[Any, Any, Any, Any]:
+    """Returns graph, parameters below `prefixes`, other parameters, other state; every prefix must name a parameter."""
+    wanted = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
+    paths = [tuple(map(str, path)) for path in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths]
+    for prefix, parts in zip(prefixes, wanted):
+        if not any(path[: len(parts)] == parts for path in paths):
+            raise ValueError(f"trainable={prefix!r} names no parameter; the model has {sorted({p[0] for p in paths})}")
+
+    def accepts(path: tuple[Any, ...], value: Any) -> bool:
+        names = tuple(map(str, path))
+        return isinstance(value, nnx.Param) and any(names[: len(parts)] == parts for parts in wanted)
+
+    graph, params, frozen, rest = nnx.split(model, accepts, nnx.Param, ...)  # type: ignore[misc]
+    return graph, params, frozen, rest
+
+
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where the arrays of a state (or their shapes) stand."""
+    return State(
+        params=tree_shardings(state.params, mesh),
+        opt_state=optimizer_shardings(state.opt_state, state.params, mesh),
+        rest=jax.tree.map(lambda _: replicated(mesh), state.rest),
+        frozen=tree_shardings(state.frozen, mesh),
+    )
+
+
+def begin(params: Any, rest: Any, frozen: Any, optim: OptimConfig, steps: int, mesh: Mesh) -> State:
+    """The state before the first step, on the mesh; the buffers given stay the caller's."""
+    init = make_optimizer(optim, steps).init
+    wanted = shardings(State(params, jax.eval_shape(init, params), rest, frozen), mesh)
+    params, rest = put(params, wanted.params), put(rest, wanted.rest)
+    opt_state = jax.jit(init, out_shardings=wanted.opt_state)(params)
+    return State(params, opt_state, rest, jax.device_put(frozen, wanted.frozen))
+
+
+def make_step(
+    graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, accumulate: int, mesh: Mesh
+) -> Callable[..., tuple[Any, Any, Any, Scalars]]:
+    """-> step(params, opt_state, rest, frozen, batch) -> the first three after it, and scalars; not compiled.
+
+    To be traced under `jax.set_mesh(mesh)`.
+    """
+    optimizer = make_optimizer(optim, steps)
+
+    def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, Scalars]:
+        def model_of(params: Any) -> Any:
+            return nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
+
+        if accumulate == 1:
+            (loss, (scalars, new_rest)), gradients = jax.value_and_grad(
+                functools.partial(_objective, model_of, loss_fn), has_aux=True
+            )(params, batch)
+        elif isinstance(loss_fn, PairedLoss):
+            new_rest = rest
+            loss, scalars, gradients = _cached(model_of, loss_fn, params, batch, accumulate)
+        else:
+            new_rest = rest
+            loss, scalars, gradients = _summed(model_of, loss_fn, params, batch, accumulate)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        scalars.pop(WEIGHT, None)
+        after = State(optax.apply_updates(params, updates), opt_state, new_rest, frozen)
+        wanted = shardings(after, mesh)
+        params, opt_state, new_rest = (
+            jax.lax.with_sharding_constraint(getattr(after, name), getattr(wanted, name))
+            for name in ("params", "opt_state", "rest")
+        )
+        return params, opt_state, new_rest, scalars
+
+    return step
+
+
+def _objective(
+    model_of: Callable[[Any], Any], loss_fn: LossFunction, params: Any, batch: Batch
+) -> tuple[Array, tuple[Scalars, Any]]:
+    model = model_of(params)
+    loss, scalars = loss_fn(model, batch)
+    return loss, (scalars, nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def _parts(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...]; part i has rows i, i + count, ..., so that each device keeps its own."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _whole(parts: Any) -> Any:
+    """What `_parts` took apart."""
+    return jax.tree.map(lambda x: split_rows(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), parts)
+
+
+def _summed(
+    model_of: Callable[[Any], Any], loss_fn: LossFunction, params: Any, batch: Batch, count: int
+) -> tuple[Array, Scalars, Any]:
+    """Loss and gradient of the whole batch, by parts: means weighted by the losses' WEIGHT. Scalars: of all parts."""
+
+    def gradient(batch: Batch) -> tuple[Array, Scalars, Array, Any]:
+        objective = functools.partial(_objective, model_of, loss_fn)
+        (loss, (scalars, _)), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        weight = scalars.pop(WEIGHT, jnp.float32(1))
+        return loss * weight, scalars, weight, jax.tree.map(lambda g: (g * weight).astype(jnp.float32), gradients)
+
+    def part(total: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(batch)), None
+
+    parts = _parts(batch, count)
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (loss, scalars, weight, gradients), _ = jax.lax.scan(part, zeros, parts)
+    weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # a batch without any token teaches nothing
+    gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradients, params)
+    return loss / weight, jax.tree.map(lambda x: x / count, scalars), gradients
+
+
+def _cached(
+    model_of: Callable[[Any], Any], loss_fn: PairedLoss, params: Any, batch: Batch, count: int
+) -> tuple[Array, Scalars, Any]:
+    """The same of a loss that compares all rows with all others: forward, loss, and forward again with backward."""
+
+    def embed(params: Any, batch: Batch) -> tuple[Any, Any]:
+        return loss_fn.embed(model_of(params), batch)
+
+    parts = _parts(batch, count)
+    _, (rows, numbers) = jax.lax.scan(lambda _, part: (None, embed(params, part)), None, parts)
+    numbers = jax.tree.map(lambda x: x[0], numbers)  # the same of all parts
+    (loss, scalars), (of_rows, of_numbers) = jax.value_and_grad(loss_fn.of, argnums=(0, 1), has_aux=True)(
+        _whole(rows), numbers, batch
+    )
+    of_numbers = jax.tree.map(lambda g: g / count, of_numbers)
+
+    def part(total: Any, inputs: Any) -> tuple[Any, None]:
+        batch, of_rows = inputs
+        _, pull = jax.vjp(lambda params: embed(params, batch), params)
+        (gradients,) = pull((of_rows, of_numbers))
+        return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, gradients), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    gradients, _ = jax.lax.scan(part, zeros, (parts, _parts(of_rows, count)))
+    return loss, scalars, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
