@@ -261,6 +261,12 @@ def _add_training(p: Parser) -> None:
         help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.crop=center) or of a new "
         "model (model.vision.depth=4); again for more",
     )
+    p.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train together with the other processes that run this command: on TPU slices, Slurm and GKE found by\n"
+        "themselves, elsewhere named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
 
 
 def _add_videos(p: Parser) -> None:

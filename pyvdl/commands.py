@@ -118,8 +118,11 @@ def instruct(arguments: argparse.Namespace) -> int:
 def adapt(arguments: argparse.Namespace) -> int:
     from pyvdl import recipes
     from pyvdl.data import read_manifest
+    from pyvdl.sharding import join
 
     _check_settings(arguments)
+    if arguments.distributed:
+        join()
     records = read_manifest(arguments.data)
     history = recipes.adapt(
         arguments.stage,
@@ -139,8 +142,11 @@ def train(arguments: argparse.Namespace) -> int:
     from pyvdl import recipes
     from pyvdl.caption import captions_by_key, read_captions
     from pyvdl.data import read_manifest
+    from pyvdl.sharding import join
 
     _check_settings(arguments)
+    if arguments.distributed:
+        join()
     records = read_manifest(arguments.data)
     if arguments.captions == "alt_text":
         records = [dataclasses.replace(r, captions=(r.alt_text,) if r.alt_text else ()) for r in records]

@@ -79,12 +79,18 @@ def scheduled(text: str) -> Iterator[tuple[str, str, str, int | None]]:
 def collectives(text: str) -> list[Collective]:
     """All exchanges. A chip sends (n - 1) / n of what is gathered or scattered, and twice that to reduce for all."""
     rows = []
+    seen: set[str] = set()  # XLA for TPU writes one exchange into several fusions, whose work hides it
     for _, opcode, line, trips in scheduled(text):
         kind = opcode.removesuffix("-start")
-        if kind not in KINDS:
+        channel = re.search(r"channel_id=(\d+)", line)
+        if kind not in KINDS or (channel and channel[1] in seen):
             continue
+        if channel:
+            seen.add(channel[1])
+        sizes = _sizes(line)
+        # What begins an exchange gives what went in, too.
+        size = max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
         count = _group(line)
-        size = max(_sizes(line), default=0)
         share = (count - 1) / count
         sent = {
             "all-gather": size * share,
@@ -99,19 +105,22 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _group(line: str) -> int:
+    """Chips that exchange with each other."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(match.group(1))
+        return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return match.group(1).count(",") + 1
+        return match[1].count(",") + 1
     return 2 if "source_target_pairs" in line else 1
 
 
 def _sizes(line: str) -> list[int]:
     """Bytes of the arrays that an instruction gives."""
-    result = line.split(" = ", 1)[1]
     match = OPCODE.match(line)
     assert match is not None
-    result = result[: result.index(f" {match.group(2)}(")]
+    result = line[: match.end(2)].split(" = ", 1)[1]
     return [
         _BYTES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
         for kind, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", result)

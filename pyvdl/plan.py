@@ -31,6 +31,7 @@ RECIPES = ("visual", "language", "train")
 PATIENCE_SECONDS = 600.0
 # Clips a second of one core: 16 frames of clips of 240p to 1080p, `python -m bench.decode --modes batch`.
 DECODE_CLIPS_PER_CORE = 1.75
+STATE_SHARE = 0.2  # of a chip's memory, for parameters, gradients and the optimizer's state, where nothing is set
 KERNEL_SHARE = 0.95  # of their floor that the attention kernels reach by the simulator, `python -m bench.tpu_aot`
 
 
@@ -79,7 +80,6 @@ class Memory:
     optimizer: int
     batch: int
     temporaries: int  # activations, gradients and what the step needs meanwhile, by the compiler's account
-    kept: int  # of the temporaries, what the forward pass keeps for the backward pass: an estimate
 
     @property
     def total(self) -> int:
@@ -143,7 +143,7 @@ def parse_topology(text: str) -> tuple[str, int]:
 
 
 def resolve(request: Request) -> tuple[Any, TrainConfig, Preset]:
-    """The model's settings, the run's, and the preset, with a mesh that suits the slice where none is set."""
+    """The model's settings, the run's, and the preset."""
     presets = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
     if request.recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {request.recipe!r}")
@@ -153,18 +153,26 @@ def resolve(request: Request) -> tuple[Any, TrainConfig, Preset]:
     chosen = {"visual": sizes.visual, "language": sizes.language, "train": sizes.contrastive}[request.recipe]
     shape: Any = sizes.dual_encoder if request.recipe == "train" else sizes.vlm
     run, shape = settings.override_training(chosen, shape, request.assignments)
-    _, chips = parse_topology(request.topology)
-    if not any(re.match(r"(fsdp|tensor)=", change) for change in request.assignments):
-        part = run.batch_size // run.accumulate
-        rows = math.gcd(chips, part)  # chips that get clips of their own; the rest splits matrices
-        run = dataclasses.replace(run, fsdp=rows, tensor=chips // rows)
     return shape, run, sizes
+
+
+def suitable_mesh(run: TrainConfig, chips: int, state_bytes: int, hbm_bytes: int) -> tuple[int, int]:
+    """-> fsdp, tensor: clips for as many chips as there can be, and no more splitting of the state than it needs.
+
+    state_bytes: parameters, gradients and the optimizer's state together.
+    """
+    rows = math.gcd(chips, run.batch_size // run.accumulate)  # chips that get clips of their own
+    tensor = chips // rows
+    fsdp = 1
+    while fsdp < rows and state_bytes / (fsdp * tensor) > STATE_SHARE * hbm_bytes:
+        fsdp *= 2
+    return fsdp, tensor
 
 
 def plan(request: Request) -> Plan:
     """Compiles the step in a process of its own. Raises PlanError, or ValueError for what cannot be asked for."""
-    resolve(request)
     chip, _ = parse_topology(request.topology)
+    resolve(request)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": CHIPS[chip].accelerator,
@@ -216,13 +224,6 @@ def _compile(request: Request) -> dict[str, Any]:
     shape, run, sizes = resolve(request)
     chip, _ = parse_topology(request.topology)
     described = topologies.get_topology_desc(platform="tpu", topology_name=request.topology)
-    mesh = make_mesh(run.fsdp, run.tensor, devices=described.devices)
-    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if run.batch_size // run.accumulate % rows:
-        raise ValueError(
-            f"batch_size = {run.batch_size} in {run.accumulate} parts does not divide over {rows} shares: "
-            "set fsdp and tensor, or another batch_size"
-        )
     make: Any = DualEncoder if request.recipe == "train" else VLM
     model = nnx.eval_shape(lambda: make(shape, rngs=nnx.Rngs(0)))
     graph, params, frozen, rest = split(model, run.trainable)
@@ -231,6 +232,17 @@ def _compile(request: Request) -> dict[str, Any]:
     )
     opt_state = jax.eval_shape(make_optimizer(run.optim, run.steps).init, params)
     state = State(params, opt_state, rest, frozen)
+    if not any(re.match(r"(fsdp|tensor)=", change) for change in request.assignments):
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, params)))
+        fsdp, tensor = suitable_mesh(run, len(described.devices), whole, CHIPS[chip].hbm_bytes)
+        run = dataclasses.replace(run, fsdp=fsdp, tensor=tensor)
+    mesh = make_mesh(run.fsdp, run.tensor, devices=described.devices)
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if run.batch_size // run.accumulate % rows:
+        raise ValueError(
+            f"batch_size = {run.batch_size} in {run.accumulate} parts does not divide over {rows} shares: "
+            "set fsdp and tensor, or another batch_size"
+        )
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
     )
@@ -294,7 +306,6 @@ def _compile(request: Request) -> dict[str, Any]:
             "optimizer": on_a_chip(placed.opt_state),
             "batch": on_a_chip(data),
             "temporaries": memory.temp_size_in_bytes,
-            "kept": 0,
         },
         "flops": 3 * forward,
         "bounds": bounds,

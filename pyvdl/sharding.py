@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,24 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = No
         raise ValueError(f"fsdp * tensor must divide the {count} devices, not be {fsdp} * {tensor}")
     shape = (count // (fsdp * tensor), fsdp, tensor)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def join() -> None:
+    """Makes this process one of several that train together, before anything else asks JAX for devices.
+
+    On Cloud TPU slices, Slurm and GKE JAX knows the others by itself. Elsewhere the environment names them:
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, *numbers = (os.environ.get(name) for name in names)
+    try:
+        if address is None:
+            jax.distributed.initialize()
+        else:
+            count, number = (int(text) for text in numbers if text is not None)
+            jax.distributed.initialize(address, count, number)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"no other processes to join ({error}); set {', '.join(names)}") from error
 
 
 def place(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -97,7 +97,7 @@ def fit(
 
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.callback(lambda: nnx.update(model, nnx.merge_state(params, rest)))
+        stack.callback(lambda: nnx.update(model, nnx.merge_state(params, frozen, rest)))
         checkpointer = stop = None
         first = 0
         if workdir is not None:

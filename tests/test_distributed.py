@@ -1,0 +1,154 @@
+"""Trainings of several processes on this machine, by the command line: they end as one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from pyvdl.checkpoint import load_model
+from pyvdl.data import Question, Record, write_manifest
+from tests.clips import write_clip
+
+STEPS = 12
+# SGD: an optimizer that normalises would make noise of gradients that are zero but for rounding, as of keys' biases.
+COMMON = [
+    "optim.name=sgd",
+    "optim.peak_learning_rate=0.05",
+    "optim.b1=0.9",
+    f"steps={STEPS}",
+    "batch_size=4",
+    "optim.warmup_steps=1",
+    "log_every=2",
+    "checkpoint_every=4",
+    "num_threads=1",
+]
+VISION = ["model.vision.image_size=32", "model.vision.depth=1", "model.vision.width=32", "model.vision.mlp_dim=64"]
+LANGUAGE = ["model.num_frames=2", "model.language.encoder_layers=1", "model.language.decoder_layers=1"]
+JOBS = {
+    "visual": ["adapt", "visual", *LANGUAGE],
+    "language": ["adapt", "language", *LANGUAGE],
+    "dual encoder": ["train", "model.vision.num_frames=2", "model.text.depth=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    words = ["red", "green", "blue", "round", "square", "slow"]
+    records = []
+    for i, word in enumerate(words):
+        write_clip(folder / f"{i}.mp4", seed=i)
+        question = Question("what is it ?", word, "short")
+        caption = (f"a {word} thing moves", f"{word} things")
+        records.append(Record(key=str(i), video=str(folder / f"{i}.mp4"), captions=caption, questions=(question,)))
+    write_manifest(folder / "train.jsonl", records)
+    return folder / "train.jsonl"
+
+
+def start(job: str, manifest: Path, out: Path, count: int, number: int, port: int) -> subprocess.Popen[str]:
+    verb, *settings = JOBS[job]
+    stage = ["--stage", settings.pop(0)] if verb == "adapt" else ["--captions", "human"]
+    command = [sys.executable, "-m", "pyvdl", verb, *stage, "--data", str(manifest), "--out", str(out)]
+    command += [f"--set={setting}" for setting in (*COMMON, *VISION, *settings)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # As many devices in all, however many processes there are.
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
+    if count > 1:
+        command.append("--distributed")
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_all(job: str, manifest: Path, out: Path, count: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return [start(job, manifest, out, count, number, port) for number in range(count)]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    try:
+        told = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, told, strict=True):
+        assert process.returncode == 0, text[-3000:]
+
+
+def result(out: Path) -> tuple[list[float], dict[str, Any]]:
+    """Losses of all steps, and the parameters."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    model, _ = load_model(out / "model")
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return [loss for line in lines for loss in line["losses"]], {
+        "/".join(map(str, path)): np.asarray(x[...]) for path, x in state
+    }
+
+
+def compare(found: Path, wanted: Path) -> None:
+    losses, params = result(found)
+    wanted_losses, wanted_params = result(wanted)
+    assert len(losses) == STEPS
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-4)
+    for name, value in wanted_params.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of each job's run by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for job in JOBS:
+        finish(start_all(job, manifest, folder / job, 1))
+    return folder
+
+
+@pytest.mark.parametrize(("job", "count"), [("visual", 2), ("language", 2), ("dual encoder", 2), ("dual encoder", 4)])
+def test_several_processes_train_as_one(job: str, count: int, manifest: Path, alone: Path, tmp_path: Path) -> None:
+    finish(start_all(job, manifest, tmp_path / "run", count))
+    compare(tmp_path / "run", alone / job)
+
+
+def test_a_killed_process_is_started_again(manifest: Path, alone: Path, tmp_path: Path) -> None:
+    """One of two is killed after its first checkpoint; the other is ended, as a scheduler would; both run again."""
+    out = tmp_path / "run"
+    processes = start_all("dual encoder", manifest, out, 2)
+    deadline = time.monotonic() + 300
+    while not any(path.name.isdigit() for path in (out / "checkpoints").glob("*")):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    time.sleep(0.5)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(start_all("dual encoder", manifest, out, 2))
+    compare(out, alone / "dual encoder")
+
+
+def test_joining_nobody_says_what_to_set(manifest: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pyvdl", "train", "--data", str(manifest), "--out", str(tmp_path)]
+    command += ["--captions", "human", "--distributed"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in done.stderr
+    assert jax.process_count() == 1
