@@ -276,10 +276,10 @@ def _compile(request: Request) -> dict[str, Any]:
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
 
-    sent: collections.Counter[str] = collections.Counter()
+    sent: dict[str, float] = collections.defaultdict(float)
     for row in hlo.collectives(text):
         sent[row.kind] += row.sent_bytes
-    cycles = kernels = 0
+    cycles, kernels = 0, 0
     for _, opcode, line, trips in hlo.scheduled(text):
         if estimated := re.findall(r'"?estimated_cycles"?:"?(\d+)', line):
             cycles += int(estimated[-1]) * (trips or 1)

@@ -152,6 +152,6 @@ def train_on(devices: int, meshes: list[tuple[int, int, int]]) -> dict[str, list
 def test_every_mesh_gives_the_losses_of_one_device() -> None:
     """Both stages' loss and the contrastive one; batches whole and in parts."""
     alone = train_on(1, [(1, 1, 1)])
-    meshes = [(1, 1, 1), (8, 1, 1), (2, 1, 2), (1, 4, 1), (2, 2, 2)]
+    meshes = [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 8, 1)]
     for name, found in train_on(8, meshes).items():
         np.testing.assert_allclose(found, alone[f"{name.split()[0]} 1 1 1"], rtol=2e-4, err_msg=name)
