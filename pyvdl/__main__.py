@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from pyvdl import __version__, commands
 from pyvdl.commands import UsageError
+from pyvdl.config import PRESETS
 
 DEMO_MODEL = Path("demo/language/model")  # what `make demo` leaves
 
@@ -148,6 +149,11 @@ def _parser() -> Parser:
         "pyvdl adapt --stage visual --model image_model --data corpus/train.jsonl --out runs/visual",
     )
     p.add_argument("--stage", choices=("visual", "language"), required=True)
+    p.add_argument("--pseudo", type=Path, metavar="MANIFEST", help="self-training: mix these records in (visual stage)")
+    p.add_argument(
+        "--pseudo-captions", type=Path, metavar="PATH", help="their captions, as `pyvdl caption --out` wrote"
+    )
+    p.add_argument("--pseudo-share", type=_share, default=0.5, metavar="X", help="of all rows (default: 0.5)")
     _add_training(p)
 
     p = verb(
@@ -193,7 +199,7 @@ def _parser() -> Parser:
     )
     p.add_argument("recipe", choices=("visual", "language", "train"), help="stage of the VLM, or the dual encoder")
     p.add_argument("--topology", default="v5e:8x16", metavar="CHIP:AxB", help="v5e, v5p or v6e (default: v5e:8x16)")
-    p.add_argument("--preset", choices=("toy", "demo", "paper"), default="paper", help="sizes (default: paper)")
+    p.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="sizes (default: paper)")
     p.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="change a setting, as in adapt and train"
     )
@@ -252,7 +258,7 @@ def _add_training(p: Parser) -> None:
     p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="training records")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     p.add_argument("--model", type=Path, metavar="DIR", help="saved model to start from (default: a random one)")
-    p.add_argument("--preset", choices=("toy", "demo", "paper"), default="toy", help="sizes and recipe (default: toy)")
+    p.add_argument("--preset", choices=tuple(PRESETS), default="toy", help="sizes and recipe (default: toy)")
     p.add_argument(
         "--set",
         action="append",
@@ -261,6 +267,7 @@ def _add_training(p: Parser) -> None:
         help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.crop=center) or of a new "
         "model (model.vision.depth=4); again for more",
     )
+    p.add_argument("--fraction", type=_share, default=1.0, metavar="X", help="share of the records (default: 1)")
     p.add_argument(
         "--distributed",
         action="store_true",

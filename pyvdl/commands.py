@@ -123,7 +123,7 @@ def adapt(arguments: argparse.Namespace) -> int:
     _check_settings(arguments)
     if arguments.distributed:
         join()
-    records = read_manifest(arguments.data)
+    records = recipes.fraction(read_manifest(arguments.data), arguments.fraction)
     history = recipes.adapt(
         arguments.stage,
         records,
@@ -131,28 +131,43 @@ def adapt(arguments: argparse.Namespace) -> int:
         start=arguments.model,
         preset=arguments.preset,
         assignments=arguments.set,
+        pseudo=_captioned(arguments.pseudo, arguments.pseudo_captions),
+        pseudo_share=arguments.pseudo_share,
     )
     _print_training(arguments.out, history)
     return 0
+
+
+def _captioned(manifest: Path | None, captions: str | Path | None) -> list[Record]:
+    """The records of a manifest, with the captions that a folder holds for them if one is given."""
+    import dataclasses
+
+    from pyvdl.caption import captions_by_key, read_captions
+    from pyvdl.data import read_manifest
+
+    if manifest is None:
+        return []
+    records = read_manifest(manifest)
+    if captions is None:
+        return records
+    found = captions_by_key(read_captions(captions))
+    return [dataclasses.replace(record, captions=found.get(record.key, ())) for record in records]
 
 
 def train(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from pyvdl import recipes
-    from pyvdl.caption import captions_by_key, read_captions
-    from pyvdl.data import read_manifest
     from pyvdl.sharding import join
 
     _check_settings(arguments)
     if arguments.distributed:
         join()
-    records = read_manifest(arguments.data)
+    written_by_us = arguments.captions not in ("human", "alt_text")
+    records = _captioned(arguments.data, arguments.captions if written_by_us else None)
     if arguments.captions == "alt_text":
         records = [dataclasses.replace(r, captions=(r.alt_text,) if r.alt_text else ()) for r in records]
-    elif arguments.captions != "human":
-        found = captions_by_key(read_captions(arguments.captions))
-        records = [dataclasses.replace(r, captions=found.get(r.key, ())) for r in records]
+    records = recipes.fraction(records, arguments.fraction)
     history = recipes.train(
         records, arguments.out, start=arguments.model, preset=arguments.preset, assignments=arguments.set
     )

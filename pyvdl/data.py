@@ -180,6 +180,9 @@ class Batches:
     alone. A clip that cannot be decoded has ok False, zeros for frames, and is counted in `failed_clips`. The records
     run on over the ends of epochs; what does not fill a last batch is dropped, or, with drop_remainder=False, filled up
     with rows of ok False and index -1.
+
+    mixture: sets that the records are made of, one after the other: of each its number of records and its weight, the
+    share of all rows that are drawn from it. Each set has epochs of its own. It takes num_epochs None.
     """
 
     def __init__(
@@ -190,6 +193,7 @@ class Batches:
         clip: ClipConfig | None,
         batch_size: int,
         seed: int,
+        mixture: Sequence[tuple[int, float]] | None = None,
         num_epochs: int | None = None,
         shuffle: bool = True,
         num_threads: int = 2,
@@ -213,7 +217,11 @@ class Batches:
         self._seed = seed
         self._num_threads, self._prefetch = num_threads, prefetch
         self._process_index, self._process_count = process_index, process_count
-        self._order = _order(len(records), seed, num_epochs, shuffle)
+        if mixture is not None and (num_epochs is not None or sum(count for count, _ in mixture) != len(records)):
+            raise ValueError(
+                f"mixture is of {mixture} with num_epochs {num_epochs}: expected all {len(records)} records, None"
+            )
+        self._order = _order(mixture or [(len(records), 1.0)], seed, num_epochs, shuffle)
         total = len(self._order)
         self._end = total // batch_size * batch_size if drop_remainder else total
         if self._end == 0:
@@ -221,7 +229,9 @@ class Batches:
                 f"batch_size={batch_size}: {total} records do not fill one batch; set drop_remainder=False"
             )
         self._position = 0  # of the next record to hand out, over all processes
-        self._signature = {"seed": seed, "records": len(records), "shuffle": shuffle}
+        self._signature: dict[str, Any] = {"seed": seed, "records": len(records), "shuffle": shuffle}
+        if mixture is not None:
+            self._signature["mixture"] = [list(part) for part in mixture]
         self._items: deque[_Item] = deque()  # of the clips on their way through the loader
         self._loader: Any = None
         self._clips: Iterator[Any] | None = None
@@ -305,8 +315,8 @@ class Batches:
         for position in range(start + self._process_index, start + self._batch_size, self._process_count):
             # A filling row repeats the batch's first record, which gives it the shape of every array.
             source = position if position < self._end else start
-            epoch = source // len(self._records)
-            yield _Item(position if source == position else -1, epoch, int(self._order[source]))
+            epoch, index = self._order[source]
+            yield _Item(position if source == position else -1, epoch, index)
 
     def _generator(self, item: _Item) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence((self._seed, item.epoch, item.index), spawn_key=(0,)))
@@ -316,13 +326,19 @@ class Batches:
         return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def _order(count: int, seed: int, num_epochs: int | None, shuffle: bool) -> Any:
-    """Returns a Grain data set from a position to the index of a record; each epoch holds every record once."""
+def _order(sets: Sequence[tuple[int, float]], seed: int, num_epochs: int | None, shuffle: bool) -> Any:
+    """Returns a Grain data set from a position to (epoch, index of a record); an epoch holds its set's records once."""
     try:
         import grain
     except ImportError as error:
         raise ImportError("batches need Grain: pip install grain") from error
-    order = grain.MapDataset.range(count).seed(seed)
-    if shuffle:
-        order = order.shuffle()
-    return order.repeat(num_epochs)
+
+    def ordered(count: int, first: int, seed: int) -> Any:
+        order = grain.MapDataset.range(count).seed(seed)
+        if shuffle:
+            order = order.shuffle()
+        return order.repeat(num_epochs).map_with_index(lambda i, index: (i // count, first + int(index)))
+
+    firsts = [sum(count for count, _ in sets[:i]) for i in range(len(sets))]
+    orders = [ordered(count, first, seed + i) for i, ((count, _), first) in enumerate(zip(sets, firsts))]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=[weight for _, weight in sets])

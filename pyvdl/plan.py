@@ -144,12 +144,11 @@ def parse_topology(text: str) -> tuple[str, int]:
 
 def resolve(request: Request) -> tuple[Any, TrainConfig, Preset]:
     """The model's settings, the run's, and the preset."""
-    presets = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
     if request.recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {request.recipe!r}")
-    if request.preset not in presets:
-        raise ValueError(f"preset must be one of {', '.join(presets)}, not {request.preset!r}")
-    sizes = presets[request.preset](request.vocab_size)
+    if request.preset not in settings.PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(settings.PRESETS)}, not {request.preset!r}")
+    sizes = settings.PRESETS[request.preset](request.vocab_size)
     chosen = {"visual": sizes.visual, "language": sizes.language, "train": sizes.contrastive}[request.recipe]
     shape: Any = sizes.dual_encoder if request.recipe == "train" else sizes.vlm
     run, shape = settings.override_training(chosen, shape, request.assignments)

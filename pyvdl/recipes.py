@@ -22,7 +22,7 @@ from flax import nnx
 from pyvdl import config as settings
 from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
-from pyvdl.config import ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
+from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
@@ -33,7 +33,6 @@ from pyvdl.tokenizers import Tokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 Stage = Literal["visual", "language"]
-PRESETS: dict[str, Callable[[int], Preset]] = {"toy": settings.toy, "demo": settings.demo, "paper": settings.paper}
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
 _FREE = {
@@ -102,6 +101,17 @@ def model_clip(config: VLMConfig | DualEncoderConfig, clip: ClipConfig | None = 
     return dataclasses.replace(clip, num_frames=frames, size=size, short_side=short_side, fps=fps)
 
 
+def fraction(records: Sequence[Record], share: float) -> list[Record]:
+    """The records of a share of the data (paper, Figure 5), by their keys: a smaller share is part of a larger."""
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of the data must be above 0 and at most 1, not {share}")
+
+    def place(record: Record) -> float:
+        return int.from_bytes(hashlib.sha256(record.key.encode()).digest()[:8]) / 2**64
+
+    return [record for record in records if place(record) < share]
+
+
 def adapt(
     stage: Stage,
     records: Sequence[Record],
@@ -110,15 +120,29 @@ def adapt(
     start: str | os.PathLike[str] | None = None,
     preset: str = "toy",
     assignments: Iterable[str] = (),
+    pseudo: Sequence[Record] = (),
+    pseudo_share: float = 0.5,
 ) -> History:
     """Trains one stage of the VLM on `records` into `out`.
 
     "visual" trains the vision tower and the projection on short captions, "language" the language model on questions,
     captions and descriptions; the rest is frozen (paper, section 4). `start` is a saved VLM; without it a random one
     of the preset begins. `assignments` are `a.b=c` changes of the preset's TrainConfig, `model.a.b=c` of a new model.
+
+    Self-training (paper, Table 5) mixes records whose captions a model wrote, `pseudo`, into the visual stage: they are
+    `pseudo_share` of the rows. The paper does not tell the ratio; one to one is ours.
     """
+    mixture = None
     if stage == "visual":
         records = [record for record in records if record.captions]
+        pseudo = [record for record in pseudo if record.captions]
+        if pseudo:
+            if not 0 < pseudo_share < 1:
+                raise ValueError(f"pseudo_share must be above 0 and below 1, not {pseudo_share}")
+            mixture = [(len(records), 1 - pseudo_share), (len(pseudo), pseudo_share)]
+            records = [*records, *pseudo]
+    elif pseudo:
+        raise ValueError("pseudo-captions are mixed into the visual stage only")
     else:
         records = [record for record in records if record.questions or record.captions or record.narrative]
     texts = [text for record in records for text in _texts(record)]
@@ -131,7 +155,7 @@ def adapt(
     else:
         encode = instructions(tokenizer, prompt_length=sizes.prompt_length, target_length=sizes.target_length)
     asked = _asked(f"adapt {stage}", preset, start, model, tokenizer)
-    return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked)
+    return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked, mixture)
 
 
 def train(
@@ -209,6 +233,7 @@ def _run(
     config: TrainConfig,
     out: Path,
     asked: dict[str, Any],
+    mixture: Sequence[tuple[int, float]] | None = None,
 ) -> History:
     check_settings(model, config)  # before the folder is claimed for them
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
@@ -219,13 +244,15 @@ def _run(
         clip=config.clip,
         batch_size=config.batch_size,
         seed=config.seed,
+        mixture=mixture,
         num_threads=config.num_threads,
         prefetch=config.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     out.mkdir(parents=True, exist_ok=True)
-    claim(out / RUN_FILE, asked | {"data_sha256": _digest(records), "model": shape, "train": kept})
+    mixed = {} if mixture is None else {"mixture": mixture}
+    claim(out / RUN_FILE, asked | mixed | {"data_sha256": _digest(records), "model": shape, "train": kept})
     with closing(batches):
         history = fit(model, loss, batches, config, workdir=out, name=asked["job"])
     save_model(out / "model", model, model.config, tokenizer)

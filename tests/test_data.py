@@ -119,6 +119,26 @@ def test_an_epoch_has_every_record_once_in_an_order_of_its_own() -> None:
     assert plain == list(range(10)) * 2
 
 
+def test_a_mixture_draws_from_each_set_by_its_weight() -> None:
+    """Of 2 and 8 records, as many rows from each: the small set goes through four epochs while the large has one."""
+    batches = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
+    rows = [int(i) for batch in take(batches, 4) for i in batch["index"]]
+    small, large = [i for i in rows if i < 2], [i for i in rows if i >= 2]
+    assert abs(len(small) - len(large)) <= 1
+    assert all(sorted(small[i : i + 2]) == [0, 1] for i in range(0, len(small) - 1, 2))
+    assert sorted(large[:8]) == list(range(2, 10))
+    again = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
+    take(again, 1)
+    state = again.get_state()
+    rest = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
+    rest.set_state(state)
+    assert [int(i) for batch in take(rest, 3) for i in batch["index"]] == rows[len(rows) // 4 :]
+    with pytest.raises(ValueError, match="the saved position is one of"):
+        text_only(10, mixture=[(5, 1.0), (5, 1.0)]).set_state(state)
+    with pytest.raises(ValueError, match="expected all 10 records"):
+        text_only(10, mixture=[(2, 1.0), (2, 1.0)])
+
+
 def test_arrays_belong_to_their_record_and_change_with_the_epoch() -> None:
     batches = take(text_only(8), 40)
     for batch in batches:

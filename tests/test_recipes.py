@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_the_dual_encoder_sees_one_caption_and_the_group() -> None:
     assert groups == [0, 1, 1, 2]
 
 
+def test_a_smaller_share_of_the_data_is_part_of_a_larger_one() -> None:
+    records = [Record(key=f"clip {i}", video="v.mp4") for i in range(1000)]
+    tenth, half = (recipes.fraction(records, share) for share in (0.1, 0.5))
+    assert 70 < len(tenth) < 130
+    assert 440 < len(half) < 560
+    assert {record.key for record in tenth} < {record.key for record in half}
+    assert recipes.fraction(records, 1.0) == records
+    with pytest.raises(ValueError, match="above 0 and at most 1, not 0"):
+        recipes.fraction(records, 0)
+
+
 def test_clips_are_cut_to_the_model() -> None:
     config = toy(8)
     clip = recipes.model_clip(config.vlm)
@@ -132,6 +144,20 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     asked = json.loads((tmp_path / "visual" / "run.json").read_text())
     assert asked["job"] == "adapt visual"
     assert asked["train"]["steps"] == 3
+
+
+def test_self_training_mixes_pseudo_captions_into_the_visual_stage(records: list[Record], tmp_path: Path) -> None:
+    config = override(toy(WORDS.vocab_size).vlm, SMALL_VLM)
+    save_model(tmp_path / "start", VLM(config, rngs=nnx.Rngs(0)), config, WORDS)
+    pseudo = [Record(key=f"pseudo {r.key}", video=r.video, captions=("a ball",)) for r in records]
+    options: dict[str, Any] = {"start": tmp_path / "start", "assignments": SMALL, "pseudo": pseudo}
+    recipes.adapt("visual", records, tmp_path / "mixed", pseudo_share=0.25, **options)
+    asked = json.loads((tmp_path / "mixed" / "run.json").read_text())
+    assert asked["mixture"] == [[len(records), 0.75], [len(pseudo), 0.25]]
+    with pytest.raises(ValueError, match="visual stage only"):
+        recipes.adapt("language", records, tmp_path / "language", **options)
+    with pytest.raises(ValueError, match="pseudo_share must be above 0 and below 1, not 1"):
+        recipes.adapt("visual", records, tmp_path / "all", pseudo_share=1, **options)
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
