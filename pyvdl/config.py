@@ -256,6 +256,10 @@ class TrainConfig:
     tensor: int = 1  # devices that matrices and attention heads are split over
     accumulate: int = 1  # parts of a batch that go through the model one after the other; the step is that of the whole
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters as they are kept, those not trained too
+    skip_nonfinite: bool = (
+        False  # leave out steps whose loss or gradient is not finite, and count them; else stop there
+    )
+    profile_steps: tuple[int, ...] = ()  # first and last step of a profile, written to the run's folder
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_threads")
@@ -263,6 +267,10 @@ class TrainConfig:
         _at_least(self, 0, "seed", "prefetch")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size = {self.batch_size}, not be {self.accumulate}")
+        if self.profile_steps and not (
+            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise ValueError(f"profile_steps must be (first, last) step, from 1 on, not {self.profile_steps}")
         if not self.trainable:
             raise ValueError("trainable must hold at least one prefix, not ()")
         if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:

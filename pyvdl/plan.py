@@ -263,7 +263,7 @@ def _compile(request: Request) -> dict[str, Any]:
         for name, (wanted, dtype) in arrays.items()
     }
     start = time.perf_counter()
-    step = make_step(graph, loss, run.optim, run.steps, run.accumulate, mesh)
+    step = make_step(graph, loss, run, mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*placed, data).compile()
     seconds = time.perf_counter() - start

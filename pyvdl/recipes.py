@@ -44,6 +44,7 @@ _FREE = {
     "fsdp",
     "tensor",
     "accumulate",
+    "profile_steps",
 }
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from pyvdl.config import OptimConfig
+from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.optim import make_optimizer
 from pyvdl.sharding import optimizer_shardings, put, replicated, split_rows, tree_shardings
 
@@ -89,18 +89,23 @@ def begin(params: Any, rest: Any, frozen: Any, optim: OptimConfig, steps: int, m
 
 
 def make_step(
-    graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, accumulate: int, mesh: Mesh
+    graph: Any, loss_fn: LossFunction, config: TrainConfig, mesh: Mesh
 ) -> Callable[..., tuple[Any, Any, Any, Scalars]]:
     """-> step(params, opt_state, rest, frozen, batch) -> the first three after it, and scalars; not compiled.
 
-    To be traced under `jax.set_mesh(mesh)`.
+    To be traced under `jax.set_mesh(mesh)`. Of `config` it reads optim, steps, accumulate and skip_nonfinite.
     """
-    optimizer = make_optimizer(optim, steps)
+    accumulate = config.accumulate
+    optimizer = make_optimizer(config.optim, config.steps)
 
     def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, Scalars]:
         def model_of(params: Any) -> Any:
             return nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
 
+        if accumulate > 1 and jax.tree.leaves(rest):
+            raise ValueError(
+                f"accumulate={accumulate}: a model with state beside its parameters takes whole batches only"
+            )
         if accumulate == 1:
             (loss, (scalars, new_rest)), gradients = jax.value_and_grad(
                 functools.partial(_objective, model_of, loss_fn), has_aux=True
@@ -111,10 +116,14 @@ def make_step(
         else:
             new_rest = rest
             loss, scalars, gradients = _summed(model_of, loss_fn, params, batch, accumulate)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
         scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
         scalars.pop(WEIGHT, None)
-        after = State(optax.apply_updates(params, updates), opt_state, new_rest, frozen)
+        after = State(optax.apply_updates(params, updates), new_opt_state, new_rest, frozen)
+        if config.skip_nonfinite:
+            good = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+            before = State(params, opt_state, rest, frozen)
+            after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
         wanted = shardings(after, mesh)
         params, opt_state, new_rest = (
             jax.lax.with_sharding_constraint(getattr(after, name), getattr(wanted, name))

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pyvdl.checkpoint import Checkpointer
-from pyvdl.config import OptimConfig, TrainConfig
+from pyvdl.config import TrainConfig
 from pyvdl.optim import make_optimizer, make_schedule
 from pyvdl.progress import Progress
 from pyvdl.sharding import contrastive_loss, make_mesh, put_batch
@@ -82,8 +82,9 @@ def fit(
     `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run
     writes metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes
     it save and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early,
-    FloatingPointError when the loss or the gradient is no longer finite, RuntimeError when not one clip of a whole log
-    interval could be used (the loss reports `failed_share`).
+    FloatingPointError when the loss or the gradient is no longer finite (it names the step and its records; the newest
+    checkpoint is of before), RuntimeError when not one clip of a whole log interval could be used (the loss reports
+    `failed_share`).
     """
     check_settings(model, config)
     mesh = make_mesh(config.fsdp, config.tensor)
@@ -93,12 +94,20 @@ def fit(
     state = begin(params, rest, frozen, config.optim, config.steps, mesh)
     params, opt_state, rest, frozen = state
     nnx.update(model, params)  # lets go of the arrays that were copied
-    train_step = _compiled_step(graph, loss_fn, config.optim, config.steps, config.accumulate, mesh)
+    # Of the settings only those that the program depends on: other runs then find it compiled.
+    kept = TrainConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        optim=config.optim,
+        accumulate=config.accumulate,
+        skip_nonfinite=config.skip_nonfinite,
+    )
+    train_step = _compiled_step(graph, loss_fn, kept, mesh)
 
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(lambda: nnx.update(model, nnx.merge_state(params, frozen, rest)))
-        checkpointer = stop = None
+        checkpointer = stop = profiler = None
         first = 0
         if workdir is not None:
             checkpointer = stack.enter_context(Checkpointer(workdir, config.keep_checkpoints))
@@ -111,15 +120,22 @@ def fit(
             if first > config.steps:
                 raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
             stop = stack.enter_context(_StopRequest())
+            if config.profile_steps:
+                profiler = _Profiler(Path(workdir) / "profile", *config.profile_steps)
+                stack.callback(profiler.close)
         log = _Log(config, workdir, first)
         bar = stack.enter_context(
             Progress(name, config.steps, done=first, enabled=progress and jax.process_index() == 0)
         )
         source = _Ahead(batches, mesh, config.steps - first)
         previous: jax.Array | None = None
-        for step, (batch, data_state) in enumerate(source, first + 1):
+        for step, (batch, data_state, index) in enumerate(source, first + 1):
+            if profiler is not None:
+                profiler.before(step)
             params, opt_state, rest, scalars = train_step(params, opt_state, rest, frozen, batch)
-            log.add(step, scalars)
+            log.add(scalars, index)
+            if profiler is not None:
+                profiler.after(step, scalars["loss"])
             source.pull(scalars["loss"])
             if previous is None:
                 log.begin_clock(scalars["loss"])
@@ -217,23 +233,22 @@ def _set_aside(
 
 
 @functools.lru_cache(maxsize=1)  # runs of one kind after another, as of the dual encoders, compile once
-def _compiled_step(
-    graph: Any, loss_fn: LossFunction, optim: OptimConfig, steps: int, accumulate: int, mesh: Mesh
-) -> Any:
-    return jax.jit(make_step(graph, loss_fn, optim, steps, accumulate, mesh), donate_argnums=(0, 1))
+def _compiled_step(graph: Any, loss_fn: LossFunction, config: TrainConfig, mesh: Mesh) -> Any:
+    return jax.jit(make_step(graph, loss_fn, config, mesh), donate_argnums=(0, 1))
 
 
 class _Ahead:
-    """Hands out `count` batches as device arrays with the data state after each, the next copied while one is used."""
+    """Hands out `count` batches as device arrays with the data state after each and the numbers of its records, if they
+    are told; the next is copied while one is used."""
 
     def __init__(self, batches: BatchSource, mesh: Mesh, count: int) -> None:
         self.wait_seconds = 0.0
         self.rows = 0
         self._batches, self._mesh, self._count = batches, mesh, count
         self._taken = 0
-        self._next: tuple[Batch, dict[str, Any]] | None = None
+        self._next: tuple[Batch, dict[str, Any], Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any], Any]]:
         self.pull(None)
         while self._next is not None:
             item, self._next = self._next, None
@@ -256,7 +271,7 @@ class _Ahead:
         self._taken += 1
         arrays = {key: value for key, value in batch.items() if key not in _HOST_ONLY}
         self.rows = len(next(iter(arrays.values()))) * jax.process_count()
-        self._next = put_batch(arrays, self._mesh), self._batches.get_state()
+        self._next = put_batch(arrays, self._mesh), self._batches.get_state(), batch.get("index")
 
     def take_wait_seconds(self) -> float:
         """Returns the waiting time since the last call."""
@@ -272,6 +287,8 @@ class _Log:
         self._path: Path | None = None
         self._lines: list[dict[str, Any]] = []  # of the runs before and of this one
         self._pending: list[dict[str, jax.Array]] = []
+        self._records: list[Any] = []  # of the pending steps
+        self._skip = config.skip_nonfinite
         self._timed_steps = 0
         self._compile_seconds = 0.0
         self._start = self._created = time.perf_counter()
@@ -282,8 +299,9 @@ class _Log:
                 self._path = path
                 _replace_lines(path, self._lines)
 
-    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+    def add(self, scalars: dict[str, jax.Array], index: Any) -> None:
         self._pending.append(scalars)
+        self._records.append(index)
         self._timed_steps += 1
 
     def begin_clock(self, loss: jax.Array) -> None:
@@ -299,12 +317,18 @@ class _Log:
         self._pending = []
         now = time.perf_counter()
         elapsed, self._start = now - self._start, now
+        records, self._records = self._records, []
         losses = [float(scalars["loss"]) for scalars in fetched]
         norms = [float(scalars["grad_norm"]) for scalars in fetched]
-        for i, (loss, norm) in enumerate(zip(losses, norms)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                at = step - len(losses) + 1 + i
-                raise FloatingPointError(f"step {at}: loss {loss}, gradient norm {norm}: expected finite numbers")
+        good = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
+        skipped = len(good) - sum(good)
+        if skipped and not (self._skip and any(good)):
+            i = good.index(False)
+            of = "" if records[i] is None else f" (records {', '.join(map(str, records[i][:16]))})"
+            at = step - len(losses) + 1 + i
+            raise FloatingPointError(
+                f"step {at}: loss {losses[i]}, gradient norm {norms[i]}: expected finite numbers{of}"
+            )
         failed_share = float(np.mean([scalars.get("failed_share", 0.0) for scalars in fetched]))
         if failed_share == 1.0:
             raise RuntimeError(
@@ -315,7 +339,10 @@ class _Log:
         before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
         line: dict[str, Any] = {
             "step": step,
-            **{key: float(np.mean([scalars[key] for scalars in fetched])) for key in sorted(fetched[0])},
+            **{
+                key: float(np.mean([scalars[key] for scalars, is_good in zip(fetched, good) if is_good]))
+                for key in sorted(fetched[0])
+            },
             "learning_rate": float(self._schedule(step - 1)),
             "steps_per_second": rate,
             "clips_per_second": rate and rate * rows,
@@ -323,8 +350,9 @@ class _Log:
             "seconds": before["seconds"] + elapsed,
             "wait_seconds": before["wait_seconds"] + wait_seconds,
             "compile_seconds": before["compile_seconds"] + self._compile_seconds,
-            "losses": losses,
-            "grad_norms": norms,
+            "skipped": skipped,
+            "losses": [loss if is_good else None for loss, is_good in zip(losses, good)],
+            "grad_norms": [norm if is_good else None for norm, is_good in zip(norms, good)],
         }
         self._compile_seconds = 0.0
         self._lines.append(line)
@@ -335,6 +363,7 @@ class _Log:
                 os.fsync(file.fileno())  # a checkpoint must never be ahead of the metrics
         speed = f"  {line['clips_per_second']:.1f} clips/s" if rate else ""
         failed = f"  failed clips {failed_share:.1%}" if failed_share else ""
+        failed += f"  skipped steps {skipped}" if skipped else ""
         return (
             f"loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  lr {line['learning_rate']:.3g}{speed}"
             f"  wait {line['wait_share']:.1%}{failed}"
@@ -383,6 +412,29 @@ def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
+
+
+class _Profiler:
+    """Profiles the steps from `first` to `last` into `folder`, for TensorBoard or xprof."""
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        self._folder, self._first, self._last = folder, first, last
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, loss: jax.Array) -> None:
+        if step == self._last:
+            loss.block_until_ready()
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class _StopRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -156,20 +157,50 @@ def test_batches_that_end_early_are_an_error() -> None:
         run(None, source=Source(length=5))
 
 
-def test_non_finite_loss_stops_and_names_the_step() -> None:
-    def broken(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, scalars = square_loss(model, batch)
-        return jnp.where(batch["x"][0, 0] == 0, jnp.nan, loss), scalars
+def broken_loss(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    loss, scalars = square_loss(model, batch)
+    return jnp.where(batch["x"][0, 0] == 0, jnp.nan, loss), scalars
 
-    class Poisoned(Source):
-        def __next__(self) -> dict[str, np.ndarray]:
-            batch = super().__next__()
-            if self.number == 3:
-                batch["x"][0, 0] = 0
-            return batch
 
-    with pytest.raises(FloatingPointError, match="step 3"):
-        fit(Model(rngs=nnx.Rngs(0)), broken, Poisoned(), CONFIG, progress=False)
+class Poisoned(Source):
+    """The third batch gives a loss that is not a number."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        if self.number == 3:
+            batch["x"][0, 0] = 0
+        return batch | {"index": np.arange(8) + 100 * self.number}
+
+
+def test_non_finite_loss_stops_and_names_the_step_and_its_records() -> None:
+    with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*\(records 300, 301, 302"):
+        fit(Model(rngs=nnx.Rngs(0)), broken_loss, Poisoned(), CONFIG, progress=False)
+
+
+def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, skip_nonfinite=True)
+    model = Model(rngs=nnx.Rngs(0))
+    history = fit(model, broken_loss, Poisoned(), config, workdir=tmp_path, progress=False)
+    assert np.isnan(history.losses).tolist() == [step == 3 for step in range(1, 13)]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 0, 0, 0, 0]
+    assert lines[0]["losses"][2] is None
+    assert math.isfinite(lines[0]["loss"])
+
+
+def test_parts_of_a_batch_are_refused_where_a_model_has_random_state() -> None:
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    with pytest.raises(ValueError, match="accumulate=2: a model with state beside its parameters"):
+        fit(Model(rngs=nnx.Rngs(0)), square_loss, Source(), config, progress=False)
+
+
+def test_a_profile_of_the_steps_asked_for_is_written(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, profile_steps=(2, 3))
+    fit(Model(rngs=nnx.Rngs(0)), square_loss, Source(), config, workdir=tmp_path, progress=False)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="profile_steps must be"):
+        TrainConfig(profile_steps=(3, 2))
 
 
 def test_metrics_have_every_log_step_once(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
