@@ -144,11 +144,11 @@ def _parser() -> Parser:
         "adapt",
         commands.adapt,
         "Trains one stage of the adaptation: 'visual' the vision tower on short captions, 'language' the language\n"
-        "model on questions, captions and descriptions; the other part is frozen. The same command goes on where it\n"
-        "stopped; SIGTERM saves and ends with 0. The model is in DIR/model at the end.",
+        "model on questions, captions and descriptions, 'prompt' a soft prompt on the same; the rest is frozen. The\n"
+        "same command goes on where it stopped; SIGTERM saves and ends with 0. The model is in DIR/model at the end.",
         "pyvdl adapt --stage visual --model image_model --data corpus/train.jsonl --out runs/visual",
     )
-    p.add_argument("--stage", choices=("visual", "language"), required=True)
+    p.add_argument("--stage", choices=("visual", "language", "prompt"), required=True)
     p.add_argument("--pseudo", type=Path, metavar="MANIFEST", help="self-training: mix these records in (visual stage)")
     p.add_argument(
         "--pseudo-captions", type=Path, metavar="PATH", help="their captions, as `pyvdl caption --out` wrote"

@@ -134,9 +134,11 @@ class VLMConfig:
     language: T5Config | GemmaConfig = field(default_factory=T5Config)
     num_frames: int = 8  # section 4.1
     fps: float = 2.0  # section 4.1
+    soft_prompt: int = 0  # learned tokens between those of the frames and the prompt: what prompt tuning trains
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_frames")
+        _at_least(self, 0, "soft_prompt")
         _above(self, 0, "fps")
 
 

@@ -26,13 +26,14 @@ from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainCo
 from pyvdl.data import Batches, Encode, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
-from pyvdl.models.vlm import VLM
+from pyvdl.models.vlm import VLM, with_soft_prompt
 from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
-Stage = Literal["visual", "language"]
+Stage = Literal["visual", "language", "prompt"]
+SOFT_PROMPT = 100  # tokens, as in Lester et al. (arXiv 2104.08691); the paper tells no number
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
 _FREE = {
@@ -127,8 +128,11 @@ def adapt(
     """Trains one stage of the VLM on `records` into `out`.
 
     "visual" trains the vision tower and the projection on short captions, "language" the language model on questions,
-    captions and descriptions; the rest is frozen (paper, section 4). `start` is a saved VLM; without it a random one
-    of the preset begins. `assignments` are `a.b=c` changes of the preset's TrainConfig, `model.a.b=c` of a new model.
+    captions and descriptions; the rest is frozen (paper, section 4). "prompt" trains a soft prompt on what "language"
+    reads, in place of it (paper, Table 9). The stages take each other's models, in any order.
+
+    `start` is a saved VLM; without it a random one of the preset begins. `assignments` are `a.b=c` changes of the
+    preset's TrainConfig, `model.a.b=c` of a new model.
 
     Self-training (paper, Table 5) mixes records whose captions a model wrote, `pseudo`, into the visual stage: they are
     `pseudo_share` of the rows. The paper does not tell the ratio; one to one is ours.
@@ -150,6 +154,9 @@ def adapt(
     model, tokenizer, sizes, config = _begin(
         VLM, texts, start, preset, assignments, lambda p: p.visual if stage == "visual" else p.language
     )
+    if stage == "prompt":
+        model = with_soft_prompt(model, SOFT_PROMPT, rngs=nnx.Rngs(config.seed))
+        config = dataclasses.replace(config, trainable=("soft_prompt",))
     encode: Encode
     if stage == "visual":
         encode = short_captions(tokenizer, target_length=sizes.caption_length)

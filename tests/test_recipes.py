@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,7 @@ from pyvdl import caption, recipes
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, T5Config, override, toy
 from pyvdl.data import Question, Record
+from pyvdl.models import save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, WordTokenizer
@@ -144,6 +146,31 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     asked = json.loads((tmp_path / "visual" / "run.json").read_text())
     assert asked["job"] == "adapt visual"
     assert asked["train"]["steps"] == 3
+
+
+def test_prompt_tuning_moves_a_soft_prompt_only(records: list[Record], tmp_path: Path) -> None:
+    config = override(toy(WORDS.vocab_size).vlm, SMALL_VLM)
+    save_model(tmp_path / "start", VLM(config, rngs=nnx.Rngs(0)), config, WORDS)
+    start = parts(tmp_path / "start")
+    for out in ("tuned", "again"):
+        recipes.adapt("prompt", records, tmp_path / out, start=tmp_path / "start", assignments=SMALL)
+    tuned = parts(tmp_path / "tuned" / "model")
+    assert tuned.pop("soft_prompt").popitem()[1].shape == (recipes.SOFT_PROMPT, config.language.width)
+    assert all(same(tuned[name], start[name]) for name in start)
+    assert tuned.keys() == start.keys()
+    # Whoever reads the model hears the soft prompt.
+    model, _ = load_model(tmp_path / "tuned" / "model")
+    assert isinstance(model, VLM)
+    video, prompt = jnp.zeros((1, 2, 32, 32, 3), jnp.uint8), jnp.array([[5, 6, 0]], jnp.int32)
+    tokens, mask = model.prefix(video, prompt)
+    patches = 2 * config.vision.num_patches
+    assert tokens.shape[1] == patches + recipes.SOFT_PROMPT + 3
+    assert mask[0].tolist() == [True] * (patches + recipes.SOFT_PROMPT + 2) + [False]
+    np.testing.assert_array_equal(tokens[0, patches : patches + recipes.SOFT_PROMPT], model.soft_prompt[...])
+    with pytest.raises(ValueError, match="has a soft prompt of 100 tokens already"):
+        recipes.adapt("prompt", records, tmp_path / "more", start=tmp_path / "tuned" / "model", assignments=SMALL)
+    with pytest.raises(ValueError, match="no model like this VLMConfig"):
+        save_pretrained(model, tmp_path / "exported")
 
 
 def test_self_training_mixes_pseudo_captions_into_the_visual_stage(records: list[Record], tmp_path: Path) -> None:

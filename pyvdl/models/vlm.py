@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -55,15 +57,28 @@ class VLM(nnx.Module):
         self.projection = nnx.Linear(
             config.vision.width, config.language.width, dtype=jnp.dtype(config.language.dtype), rngs=rngs
         )
+        if config.soft_prompt:
+            # Embedded words have a deviation of about 1.
+            shape = (config.soft_prompt, config.language.width)
+            self.soft_prompt = nnx.Param(jax.random.normal(rngs.params(), shape))
         language = config.language
         self.language: LanguageModel = (
             T5(language, rngs=rngs) if isinstance(language, T5Config) else Gemma(language, rngs=rngs)
         )
 
     def prefix(self, video: Array | None, prompt: Array) -> tuple[Array, Array]:
-        """uint8[B, T, H, W, 3] (None: text only), int32[B, L] padded with 0 -> tokens [B, T*P + L, E], bool mask."""
+        """uint8[B, T, H, W, 3] (None: text only), int32[B, L] padded with 0 -> tokens [B, T*P + L, E], bool mask.
+
+        With a soft prompt of K tokens, T*P + K + L.
+        """
         tokens = self.language.embed(prompt)
         mask = prompt != 0
+        if soft := self.config.soft_prompt:
+            learned = jnp.broadcast_to(
+                self.soft_prompt[...].astype(tokens.dtype), (len(tokens), soft, tokens.shape[-1])
+            )
+            tokens = jnp.concatenate([learned, tokens], axis=1)
+            mask = jnp.pad(mask, ((0, 0), (soft, 0)), constant_values=True)
         if video is not None:
             if video.ndim != 5:
                 raise ValueError(f"video must be uint8[B, T, H, W, 3], not {video.dtype}{video.shape}")
@@ -78,6 +93,17 @@ class VLM(nnx.Module):
         """As `prefix`, and int32[B, M] -> float32 logits [B, M, V]; position i predicts target[:, i]."""
         states = self.language.forced(*self.prefix(video, prompt), target[:, None])
         return self.language.logits(states[:, 0])
+
+
+def with_soft_prompt(model: VLM, length: int, *, rngs: nnx.Rngs) -> VLM:
+    """The model with a new soft prompt of `length` tokens for prompt tuning; its other parts are taken, not copied."""
+    if model.config.soft_prompt:
+        raise ValueError(f"the model has a soft prompt of {model.config.soft_prompt} tokens already")
+    config = dataclasses.replace(model.config, soft_prompt=length)
+    made = nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
+    made.soft_prompt = nnx.Param(jax.random.normal(rngs.params(), (length, config.language.width)))
+    made.vision, made.projection, made.language = model.vision, model.projection, model.language
+    return made
 
 
 def assemble(vision: ViT, language: T5 | Gemma, *, num_frames: int = 8, fps: float = 2.0, rngs: nnx.Rngs) -> VLM:

@@ -388,7 +388,7 @@ def _described(model: Model) -> tuple[dict[str, Any], list[Rule]]:
             return weight_configs.to_dual_encoder(config), list(weight_names.hf_clip(config))
         case DualEncoderConfig(pool="map", kind="sigmoid") if not config.vision_projection:
             return weight_configs.to_dual_encoder(config), list(weight_names.hf_siglip(config))
-        case VLMConfig(language=GemmaConfig()):
+        case VLMConfig(language=GemmaConfig(), soft_prompt=0):
             return weight_configs.to_paligemma(config), list(weight_names.hf_paligemma(config))
         case T5Config():
             return weight_configs.to_t5(config), list(weight_names.hf_t5(config))
