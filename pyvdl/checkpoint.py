@@ -121,6 +121,8 @@ def save_model(
     """
     if type(config).__name__ not in _CONFIGS:
         raise ValueError(f"config is a {type(config).__name__}: expected one of {', '.join(_CONFIGS)}")
+    if any(str(leaf.dtype) == "int8" for leaf in jax.tree.leaves(nnx.state(model))):
+        raise ValueError("int8 weights cannot be saved: save the model before `quantize`")
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.new")  # the same one for all processes

@@ -199,7 +199,7 @@ def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.text import PALIGEMMA_PROMPT
 
     records = _asked(arguments)
-    model, tokenizer = _load(arguments.model)
+    model, tokenizer = _load(arguments)
     if not isinstance(model, VLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
     options: dict[str, Any] = {
@@ -251,7 +251,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     records = read_manifest(arguments.data)
     if arguments.out is not None:
         _make_way(arguments.out)
-    model, tokenizer = _load(arguments.model)
+    model, tokenizer = _load(arguments)
     with reporting("evaluate") as report:
         if isinstance(model, VLM):
             scores, failed = _vlm_scores(model, tokenizer, records, arguments, report)
@@ -340,9 +340,11 @@ def embed(arguments: argparse.Namespace) -> int:
 
     records = _asked(arguments)
     _make_way(arguments.out)
+    finish = _finish(arguments)
     model = load_weights(arguments.model)
     if not isinstance(model, DualEncoder):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: embeddings need a dual encoder")
+    finish(model)
     errors = {}
     with reporting("embed") as report:
         embeddings = embed_videos(
@@ -502,14 +504,27 @@ def _asked(arguments: argparse.Namespace) -> list[Record]:
     return _records(paths)
 
 
-def _load(path: Path) -> tuple[VLM | DualEncoder, Tokenizer]:
+def _load(arguments: argparse.Namespace) -> tuple[VLM | DualEncoder, Tokenizer]:
     from pyvdl.checkpoint import load_model
 
+    path = arguments.model
     if not path.exists():
         raise ValueError(
             f"no saved model in {path}: name one with --model (`make demo` leaves one in demo/language/model)"
         )
-    return load_model(path)
+    finish = _finish(arguments)
+    model, tokenizer = load_model(path)
+    finish(model)
+    return model, tokenizer
+
+
+def _finish(arguments: argparse.Namespace) -> Callable[[VLM | DualEncoder], None]:
+    """What is done to a model once it is read; asked for before, so that a missing package is told at once."""
+    if not arguments.int8:
+        return lambda model: None
+    from pyvdl.quantize import quantize
+
+    return quantize
 
 
 def _clip(arguments: argparse.Namespace, clip: ClipConfig) -> ClipConfig:

@@ -303,6 +303,9 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
     code, out, _ = run("caption", video, bad, *options)
     assert code == 0
     assert [line.split()[1] for line in out.splitlines()] == ["status", "ok", "failed"]
+    code, out, err = run("caption", video, *options, "--int8")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 1
 
     job = ["caption", corpus / "unlabelled.jsonl", *options, "--out", tmp_path / "job", "--shard-size", "3"]
     code, out, _ = run(*job)
@@ -368,6 +371,13 @@ def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Pa
         assert len(found["keys"]) == len(found["embeddings"]) == len(found["errors"])
         np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
     assert [p.name for p in wanted.parent.iterdir()] == ["test.npz"]
+
+    small = tmp_path / "int8.npz"
+    assert run("embed", "--model", dual, "--videos", corpus / "test.jsonl", "--out", small, "--int8")[0] == 0
+    with np.load(wanted) as found, np.load(small) as found_small:
+        products = np.sum(found["embeddings"] * found_small["embeddings"], axis=1)
+    assert (products > 0.99).all()
+    assert (products < 1).any()
 
 
 def test_public_checkpoints(run: Run, corpus: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class TextTower(nnx.Module):
             raise ValueError(
                 f"text of {length} tokens: at most context_length = {self.config.context_length} are allowed"
             )
-        x = (self.embedding[...][ids] + self.position[...][:length]).astype(self.config.dtype)
+        x = (self.embedding[ids] + self.position[...][:length]).astype(self.config.dtype)
         x = self.blocks(x, functools.partial(attention, causal=self.config.causal))
         if self.config.pool == "last":
             return self.norm(x[:, -1])

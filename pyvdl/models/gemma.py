@@ -181,7 +181,7 @@ class Gemma(nnx.Module):
     def embed(self, ids: Array) -> Array:
         """See `LanguageModel`; scaled by sqrt(E), rounded to the activations' type as in transformers."""
         dtype = jnp.dtype(self.config.dtype)
-        return self.embedding[...][ids].astype(dtype) * jnp.asarray(self.config.width**0.5, dtype)
+        return self.embedding[ids].astype(dtype) * jnp.asarray(self.config.width**0.5, dtype)
 
     def prefill(self, tokens: Array, lengths: Array) -> tuple[Array, Array, Array]:
         """Prefix [B, K, E] of int32[B] valid tokens -> states [B, K, E], keys and values [layers, B, Nkv, K, D]."""

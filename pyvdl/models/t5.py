@@ -150,7 +150,7 @@ class T5(nnx.Module):
 
     def embed(self, ids: Array) -> Array:
         """int32[...] -> [..., E]."""
-        return self.embedding[...].astype(self.config.dtype)[ids]
+        return self.embedding[ids].astype(self.config.dtype)
 
     def encode(self, x: Array, mask: Array) -> Array:
         """[B, S, E] and bool[B, S], True for tokens and False for the padding after them -> [B, S, E]."""
