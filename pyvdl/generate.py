@@ -67,6 +67,9 @@ def generate(
     `num_samples`, `max_length`, `num_beams`, `no_repeat_ngram`, ids and kind of sampling; temperature, top_p, top_k and
     seeds do not cause another, nor do prompts of other lengths: they are padded to the next of a few (`bucket`).
 
+    A model and clips on a mesh (`pyvdl.sharding`: `place`, `put_batch`) are read where they stand; several TPUs want
+    `jax.set_mesh(mesh)` around the call, for the kernels.
+
     Args:
         model: in any dtype. A T5 alone has no video.
         video: uint8[B, T, H, W, 3], or None for text alone.

@@ -246,12 +246,13 @@ mesh = make_mesh(tensor=2)
 whole = load_pretrained(sys.argv[1], dtype="float32")
 split = load_pretrained(sys.argv[1], dtype="float32", place=place(mesh))
 kernel = split.vision.blocks.blocks.mlp.up.kernel[...]
-assert kernel.sharding.spec == P(None, None, "model"), kernel.sharding
+assert kernel.sharding.spec == P(None, "fsdp", "tensor"), kernel.sharding
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 24)}
 jax.tree.map(np.testing.assert_array_equal, nnx.state(split), nnx.state(whole))
 video = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32, 3), np.uint8)
 encode = nnx.jit(lambda model, video: model.encode_video(video))
-found = encode(split, put_batch({"video": video}, mesh)["video"])
+with jax.set_mesh(mesh):
+    found = encode(split, put_batch({"video": video}, mesh)["video"])
 np.testing.assert_allclose(found, encode(whole, video), atol=1e-5)
 """
 
