@@ -1,4 +1,4 @@
-"""Gradients of joint space-time attention for TPU, in one kernel; `attention_tpu.py` says how scores and heads lie.
+"""Gradients of joint space-time attention for TPU, in one kernel; `attention_tpu.py` says how scores lie.
 
 Probabilities are computed again from the rows' sums. The products that make gradients stream D rows each; those of keys
 and values are summed in VMEM, transposed, in float32, over all queries of a head.
@@ -15,13 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import tuning
-from .attention_tpu import (
+from .attention_tpu_tiles import (
     LANES,
     LOG2E,
     LONE,
     Input,
     Output,
     Plan,
+    collected,
     dot,
     flat,
     grid,
@@ -46,9 +47,9 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
     p = plan
     wide = 2 if p.loose else 1
     lse_ref, dq_ref, dk_ref, dv_ref, kt_ref, dkt_ref, dvt_ref, lone_ref, kx_ref, *more = refs[5 * wide :]
-    carries, gathered = (more[:3], more[3:]) if p.loose else ([None] * 3, [None] * 5)
+    rings, gathered = (more[:3], more[3:]) if p.loose else ([None] * 3, [None] * 5)
     q, k, v, out, do = (Input(p, refs[i * wide : (i + 1) * wide], ref) for i, ref in enumerate(gathered))
-    dq, dk, dv = (Output(p, ref, carry) for ref, carry in zip((dq_ref, dk_ref, dv_ref), carries, strict=True))
+    dq, dk, dv = (Output(p, ref, ring) for ref, ring in zip((dq_ref, dk_ref, dv_ref), rings, strict=True))
     dim, part, factor = p.head_dim, pl.program_id(2), scale * LOG2E
     first_head = pl.program_id(1) * len(p.places)
     key_pieces = pieces(p.keys, p.key_chunk)
@@ -86,7 +87,6 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
 
     def lone_query(tile: int) -> None:
         """The last row as a query. What it adds to dk and dv is what their sums start from."""
-        at = pl.ds(p.keys, LONE)
         qx, outx, dox = (x.take(p.keys, LONE, tile) for x in (q, out, do))
         kx, vx = (x.rows(p.keys, LONE, tile) for x in (k, v))
         q_column, do_column = lone_column(p, qx), lone_column(p, dox)
@@ -122,7 +122,7 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
                     dvt_ref[rows, span] = do_column[inside] * weights[u : u + 1, part_of]
                     dkt_ref[rows, span] = q_column[inside] * changes[u : u + 1, part_of]
         of_q = jnp.where(mine, of_q, 0.0).sum(0, keepdims=True)
-        dq.write(at, jnp.broadcast_to(of_q * scale, shape), tile)
+        dq.write_lone(of_q * scale, tile)
 
     def chunk(first: Any, n: int, tile: int, opens: bool, closes: bool) -> None:
         """The n queries from `first` on, of a tile's heads. opens, closes: prepares keys, finishes their gradients."""
@@ -130,6 +130,9 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
         if ragged_queries:
             q_rows, do_rows, out_rows = (zero_after(x, first, p.tokens) for x in (q_rows, do_rows, out_rows))
         q_columns, do_columns, out_columns = q_rows.T, do_rows.T, out_rows.T
+        if p.loose:
+            for output in (dq, dk, dv):
+                output.complete(first, n)
         outs = []
         for u in range(p.together):
             qh, doh = own_lanes(q_rows, p, u), own_lanes(do_rows, p, u)
@@ -167,20 +170,20 @@ def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:
                     x = columns[inside].astype(jnp.float32) * x
                     lone_ref[i, rows, :] += sum(x[:, j : j + LANES] for j in range(0, n, LANES))
             outs.append(acc * scale)
-        dq.write_transposed(first, outs, tile)
+        dq.write(first, outs, tile)
 
     def finish(tile: int, start: int, size: int) -> None:
         rows = slice(tile * p.lanes, tile * p.lanes + p.together * dim)
         for at, n in pieces(size, LANES):
             span = slice(start + at, start + at + n)
-            dk.write_transposed(start + at, [dkt_ref[rows, span] * scale], tile)
-            dv.write_transposed(start + at, [dvt_ref[rows, span]], tile)
+            dk.write(start + at, [dkt_ref[rows, span] * scale], tile)
+            dv.write(start + at, [dvt_ref[rows, span]], tile)
 
     def finish_lone() -> None:
         for tile in range(p.tiles):
             for of_x, i, times in ((dk, 0, scale), (dv, 1, 1.0)):
                 of_lone = lone_ref[i, tile * p.lanes : (tile + 1) * p.lanes, :].T.sum(0, keepdims=True) * times
-                of_x.write(pl.ds(p.keys, LONE), jnp.broadcast_to(of_lone, (LONE, p.lanes)), tile)
+                of_x.write_lone(of_lone, tile)
 
     def finish_all() -> None:
         for tile in range(p.tiles):
@@ -210,13 +213,13 @@ def backward(
     q: Array, k: Array, v: Array, out: Array, lse: Array, do: Array, *, scale: float
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, [B, S, N, D] each, for the gradient `do` of out; out and lse as `forward` gives them."""
-    p = make_plan(q, 2, 3, tuning.JOINT_BACKWARD, tuning.JOINT_BACKWARD)
+    p = make_plan(q, 2, 3, tuning.JOINT_BACKWARD, tuning.JOINT_BACKWARD_LOOSE)
     inputs, output, statistics = specs(p)
     width = p.tiles * p.lanes
     scratch = [pltpu.VMEM((width, p.keys), q.dtype), *[pltpu.VMEM((width, p.keys), jnp.float32)] * 2]
     scratch += [pltpu.VMEM((2, width, LANES), jnp.float32), pltpu.VMEM((width, LANES), jnp.float32)]
     if p.loose:
-        scratch += [pltpu.VMEM((2, p.rows, LANES), jnp.float32)] * 3 + [pltpu.VMEM((p.rows, LANES), q.dtype)] * 5
+        scratch += [collected(p)] * 3 + [pltpu.VMEM((p.rows, LANES), q.dtype)] * 5
     shape = shape_like(q, (p.batch, p.tokens, p.heads * p.head_dim), q.dtype)
     gradients = pl.pallas_call(
         functools.partial(_backward_kernel, plan=p, scale=scale),

@@ -60,7 +60,7 @@ def joint_backward_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     # Each block twice, while the next one is fetched: q, k, v, out, do (two tiles of lanes each if loose); dq, dk, dv.
     blocks = 2 * size * array * (13 if loose else 8)
     statistics = 2 * 4 * rows * -(-heads // 8) * 8
-    # K transposed and the sums of dk and dv; loose inputs and unfinished tiles; three chunks of scores, which spill.
+    # K transposed and the sums of dk and dv; loose inputs and outputs; three chunks of scores, which spill.
     scratch = array * (size + 8) + ((5 * size + 24) * array if loose else 0) + 3 * 4 * 512 * 512
     return blocks + statistics + scratch
 
@@ -73,11 +73,12 @@ class Cuts(NamedTuple):
     keys: int  # rows of scores worked on at a time
 
 
-# By the device's kind; "" is for chips not tried. The simulator knows v5e: the others take its sizes untested.
+# By the device's kind; "" is v5e, whose sizes chips that the simulator does not know take untested.
 type Table = dict[str, Cuts]
-JOINT_FORWARD: Table = {"": Cuts(25_000, 512, 512)}
-JOINT_FORWARD_LOOSE: Table = {"": Cuts(25_000, 256, 1024)}  # of heads that do not lie within tiles of lanes
+JOINT_FORWARD: Table = {"": Cuts(25_000, 256, 128), "TPU v6 lite": Cuts(25_000, 512, 512)}
 JOINT_BACKWARD: Table = {"": Cuts(40_000, 512, 512)}
+# Of heads that do not lie within tiles of lanes.
+JOINT_BACKWARD_LOOSE: Table = {"": Cuts(40_000, 512, 256), "TPU v6 lite": Cuts(40_000, 512, 512)}
 
 
 def cuts(table: Table) -> Cuts:
