@@ -468,10 +468,11 @@ def _named(paths: Sequence[Path]) -> list[Record]:
 
 def _check_settings(arguments: argparse.Namespace) -> None:
     """A setting that does not exist or cannot be meant is a mistake in the command, not a failure of the job."""
-    from pyvdl import config
-    from pyvdl.config import override_training
+    from pyvdl.config import PRESETS, override_training
 
-    preset = getattr(config, arguments.preset)(vocab_size=8)
+    preset = PRESETS[arguments.preset](8)
+    if getattr(arguments, "pseudo_captions", None) and not arguments.pseudo:
+        raise UsageError("--pseudo-captions goes with --pseudo, the manifest of their clips")
     try:
         if arguments.verb == "train":
             override_training(preset.contrastive, preset.dual_encoder, arguments.set)

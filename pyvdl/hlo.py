@@ -83,9 +83,11 @@ def collectives(text: str) -> list[Collective]:
     for _, opcode, line, trips in scheduled(text):
         kind = opcode.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", line)
-        if kind not in KINDS or (channel and channel[1] in seen):
+        if kind not in KINDS:
             continue
-        if channel:
+        if channel and kind != "collective-permute":  # all of those share one channel
+            if channel[1] in seen:
+                continue
             seen.add(channel[1])
         sizes = _sizes(line)
         # What begins an exchange gives what went in, too.

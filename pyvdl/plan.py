@@ -25,7 +25,7 @@ from typing import Any
 
 from pyvdl import config as settings
 from pyvdl.config import Preset, TrainConfig
-from pyvdl.flops import dual_encoder_flops, vlm_flops
+from pyvdl.flops import dual_encoder_flops, vision_flops, vlm_flops
 
 RECIPES = ("visual", "language", "train")
 PATIENCE_SECONDS = 600.0
@@ -45,14 +45,12 @@ class Chip:
     link_bytes_per_second: float  # all links of a chip together, one direction
     clock_hz: float  # the peak over the operations of a cycle
     accelerator: str  # what libtpu is told to compile for
-    chips_per_host: int
-    cores_per_host: int  # vCPUs
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9, 1.5e9, "v5litepod-4", 8, 224),
-    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9, 1.75e9, "v5p-8", 4, 208),
-    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9, 1.75e9, "v6e-4", 8, 180),
+    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9, 1.5e9, "v5litepod-4"),
+    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9, 1.75e9, "v5p-8"),
+    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9, 1.75e9, "v6e-4"),
 }
 
 
@@ -92,6 +90,7 @@ class Plan:
 
     request: Request
     chips: int
+    hosts: int
     mesh: dict[str, int]
     batch_size: int
     steps: int
@@ -127,9 +126,11 @@ class Plan:
         if self.memory.temporaries > self.chip.hbm_bytes / 2:
             found.append("--set model.vision.remat=True (and model.language.remat or model.text.remat): keeps less")
             found.append("--set accumulate=2 (or 4, ...): parts of the batch one after the other")
-        if state > self.chip.hbm_bytes / 4:
-            found.append(f"--set fsdp={2 * self.mesh['fsdp']}: {state / 2**30:.1f} GiB of state are split further")
-        found.append("--set tensor=2: matrices and activations are split")
+        fsdp, tensor = self.mesh["fsdp"], self.mesh["tensor"]
+        if state > self.chip.hbm_bytes / 4 and self.mesh["data"] % 2 == 0:
+            text = f"{state / 2**30:.1f} GiB of state are split further"
+            found.append(f"--set fsdp={2 * fsdp} --set tensor={tensor}: {text}")
+        found.append(f"--set fsdp={fsdp} --set tensor={2 * tensor}: matrices and activations are split")
         found.append("a larger slice, or chips with more memory")
         return found
 
@@ -162,9 +163,9 @@ def suitable_mesh(run: TrainConfig, chips: int, state_bytes: int, hbm_bytes: int
     """
     rows = math.gcd(chips, run.batch_size // run.accumulate)  # chips that get clips of their own
     tensor = chips // rows
-    fsdp = 1
-    while fsdp < rows and state_bytes / (fsdp * tensor) > STATE_SHARE * hbm_bytes:
-        fsdp *= 2
+    candidates = [fsdp for fsdp in range(1, rows + 1) if rows % fsdp == 0]
+    enough = (fsdp for fsdp in candidates if state_bytes / (fsdp * tensor) <= STATE_SHARE * hbm_bytes)
+    fsdp = next(enough, rows)
     return fsdp, tensor
 
 
@@ -245,19 +246,23 @@ def _compile(request: Request) -> dict[str, Any]:
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
     )
-    frames = run.clip.num_frames if request.recipe == "train" else shape.num_frames
+    frames = shape.vision.num_frames if request.recipe == "train" else shape.num_frames
     size, batch = shape.vision.image_size, run.batch_size
     arrays = {"video": ((batch, frames, size, size, 3), np.uint8), "ok": ((batch,), np.bool_)}
     if request.recipe == "train":
         arrays |= {"text": ((batch, shape.text.context_length), np.int32), "group": ((batch,), np.int32)}
         loss: Any = train.contrastive_loss_fn
-        forward = dual_encoder_flops(shape, batch)
+        flops = 3 * dual_encoder_flops(shape, batch)
     else:
         prompt = sizes.prompt_length
         target = sizes.caption_length if request.recipe == "visual" else sizes.target_length
         arrays |= {"prompt": ((batch, prompt), np.int32), "target": ((batch, target), np.int32)}
         loss = train.vlm_loss
-        forward = batch * vlm_flops(shape, prompt, target)
+        seen = vision_flops(shape)
+        heard = vlm_flops(shape, prompt, target) - seen
+        # Backward there are as many again for the inputs and for the weights. A frozen language model in front of a
+        # trained tower needs the former only, a frozen tower neither.
+        flops = batch * (3 * seen + 2 * heard if request.recipe == "visual" else seen + 3 * heard)
     data = {
         name: jax.ShapeDtypeStruct(wanted, dtype, sharding=batch_sharding(mesh))
         for name, (wanted, dtype) in arrays.items()
@@ -287,7 +292,7 @@ def _compile(request: Request) -> dict[str, Any]:
     peak = figures.flops_per_second * mesh.size
     state_bytes = on_a_chip(placed.params) + on_a_chip(placed.frozen) + 2 * on_a_chip(placed.opt_state)
     bounds = {
-        "MXU": 3 * forward / peak,
+        "MXU": flops / peak,
         "HBM": (state_bytes + 2 * on_a_chip(placed.params)) / figures.hbm_bytes_per_second,
         "interconnect": sum(sent.values()) / figures.link_bytes_per_second,
         "compiler": cycles / figures.clock_hz + (_kernel_seconds(shape, run, figures, mesh.size) if kernels else 0),
@@ -296,6 +301,7 @@ def _compile(request: Request) -> dict[str, Any]:
 
     return {
         "chips": mesh.size,
+        "hosts": len({getattr(device, "process_index") for device in described.devices}),  # noqa: B009
         "mesh": dict(mesh.shape),
         "batch_size": batch,
         "steps": run.steps,
@@ -306,7 +312,7 @@ def _compile(request: Request) -> dict[str, Any]:
             "batch": on_a_chip(data),
             "temporaries": memory.temp_size_in_bytes,
         },
-        "flops": 3 * forward,
+        "flops": flops,
         "bounds": bounds,
         "collectives": dict(sent),
         "compile_seconds": seconds,
@@ -333,9 +339,8 @@ def _kernel_seconds(shape: Any, run: TrainConfig, chip: Chip, chips: int) -> flo
 def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
     """A plan for the eye."""
     chip, memory, gib = found.chip, found.memory, 2**30
-    hosts = -(-found.chips // chip.chips_per_host)
     clips = found.batch_size / found.step_seconds
-    cores = clips / decode_rate / hosts
+    cores = clips / decode_rate / found.hosts
     hours = found.steps * found.step_seconds / 3600
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     parts = [
@@ -349,6 +354,7 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
     lines = [
         f"{found.request.recipe} ({found.request.preset}) on {found.request.topology}: {found.chips} chips, {mesh}",
         f"batch {found.batch_size}, {found.flops / 1e12:.0f} TFLOP a step; nothing was measured on a TPU",
+        f"training takes --set fsdp={found.mesh['fsdp']} --set tensor={found.mesh['tensor']} for this mesh",
         "",
         *(f"  {name:<38}{size / gib:8.2f} GiB a chip" for name, size in parts),
         f"  {'total':<38}{memory.total / gib:8.2f} of {chip.hbm_bytes / gib:.0f} GiB: {verdict}",
@@ -359,8 +365,8 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         f"  {'step':<38}{1000 * found.step_seconds:8.1f} ms at least, bound by {found.binding}",
         f"  {'share of peak':<38}{found.bounds['MXU'] / found.step_seconds:8.0%}",
         "",
-        f"  {clips:.0f} clips a second: {cores:.0f} decoding cores on each of {hosts} hosts, which have "
-        f"{chip.cores_per_host} ({decode_rate} clips a second of a core)",
+        f"  {clips:.0f} clips a second: {cores:.0f} decoding cores on each of {found.hosts} hosts "
+        f"({decode_rate} clips a second of a core)",
         f"  {found.steps} steps: {hours:.1f} hours, {hours * found.chips:.0f} chip-hours",
         f"  compiled in {found.compile_seconds:.0f} s with {found.peak_compile_bytes / gib:.1f} GiB of memory here",
     ]

@@ -140,8 +140,10 @@ def adapt(
     mixture = None
     if stage == "visual":
         records = [record for record in records if record.captions]
-        pseudo = [record for record in pseudo if record.captions]
         if pseudo:
+            pseudo = [record for record in pseudo if record.captions]
+            if not pseudo:
+                raise ValueError("no pseudo record has captions: give what wrote them, too (--pseudo-captions)")
             if not 0 < pseudo_share < 1:
                 raise ValueError(f"pseudo_share must be above 0 and below 1, not {pseudo_share}")
             mixture = [(len(records), 1 - pseudo_share), (len(pseudo), pseudo_share)]

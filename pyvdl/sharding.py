@@ -140,16 +140,36 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     `batch` is this process's share; every process holds an equal one.
     """
     count = math.prod(mesh.local_mesh.shape[axis] for axis in BATCH_AXES)
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if count * jax.process_count() != shares:  # two processes would take their own rows for the same ones
+        raise ValueError(
+            f"tensor={mesh.shape[TENSOR_AXIS]} reaches over devices of several processes: it must divide those of one"
+        )
     for name, value in batch.items():
         if len(value) % count:
-            raise ValueError(f"{name}: {len(value)} rows do not divide over the {count} shares of this process")
+            raise ValueError(
+                f"{name}: {len(value)} rows do not divide over the {count} shares of this process; set batch_size to a "
+                f"multiple of {shares}, or a larger tensor"
+            )
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Returns a copy of `tree` that stands so; the buffers given stay the caller's, whatever is donated later."""
-    return jax.tree.map(lambda x, sharding: jax.device_put(x, sharding, may_alias=False), tree, shardings)
+    """Returns a copy of `tree` that stands so; the buffers given stay the caller's, whatever is donated later.
+
+    Where there are several processes, each gives the whole of an array, or arrays that stand on the mesh already.
+    """
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(x: Array, sharding: NamedSharding) -> Array:
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding, may_alias=False)
+    if not x.is_fully_addressable:
+        return jax.jit(jnp.copy, out_shardings=sharding)(x)
+    whole = np.asarray(x)  # what is on a device of one process cannot be sent to those of others
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
 
 
 # --- what XLA's partitioner cannot split

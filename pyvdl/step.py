@@ -80,12 +80,14 @@ def shardings(state: State, mesh: Mesh) -> State:
 
 
 def begin(params: Any, rest: Any, frozen: Any, optim: OptimConfig, steps: int, mesh: Mesh) -> State:
-    """The state before the first step, on the mesh; the buffers given stay the caller's."""
+    """The state before the first step, on the mesh; buffers of `params` and `rest` stay the caller's."""
     init = make_optimizer(optim, steps).init
     wanted = shardings(State(params, jax.eval_shape(init, params), rest, frozen), mesh)
     params, rest = put(params, wanted.params), put(rest, wanted.rest)
     opt_state = jax.jit(init, out_shardings=wanted.opt_state)(params)
-    return State(params, opt_state, rest, jax.device_put(frozen, wanted.frozen))
+    if jax.process_count() > 1:
+        return State(params, opt_state, rest, put(frozen, wanted.frozen))
+    return State(params, opt_state, rest, jax.device_put(frozen, wanted.frozen))  # nobody donates them: no copy
 
 
 def make_step(

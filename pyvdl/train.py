@@ -28,12 +28,13 @@ from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import TrainConfig
 from pyvdl.optim import make_optimizer, make_schedule
 from pyvdl.progress import Progress
-from pyvdl.sharding import contrastive_loss, make_mesh, put_batch
+from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put_batch
 from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, split
 from pyvdl.text import PAD_ID
 
 # What a later run reads of a line of metrics.jsonl.
 _LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
+_MOST_SKIPPED = 100  # steps in a row that are not finite, before a run that skips them stops too
 _HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
 
 
@@ -88,12 +89,18 @@ def fit(
     """
     check_settings(model, config)
     mesh = make_mesh(config.fsdp, config.tensor)
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if config.batch_size // config.accumulate % rows:
+        raise ValueError(
+            f"batch_size={config.batch_size} in accumulate={config.accumulate} parts does not divide over the {rows} "
+            f"shares of {mesh.size} devices: change these, or set a larger tensor"
+        )
     graph, params, frozen, rest = split(model, config.trainable)
     if config.param_dtype != "float32":
         params, frozen = (jax.tree.map(lambda x: x.astype(config.param_dtype), tree) for tree in (params, frozen))
     state = begin(params, rest, frozen, config.optim, config.steps, mesh)
     params, opt_state, rest, frozen = state
-    nnx.update(model, params)  # lets go of the arrays that were copied
+    nnx.update(model, nnx.merge_state(params, frozen))  # lets go of the arrays that were copied
     # Of the settings only those that the program depends on: other runs then find it compiled.
     kept = TrainConfig(
         steps=config.steps,
@@ -289,6 +296,7 @@ class _Log:
         self._pending: list[dict[str, jax.Array]] = []
         self._records: list[Any] = []  # of the pending steps
         self._skip = config.skip_nonfinite
+        self._bad_in_a_row = 0
         self._timed_steps = 0
         self._compile_seconds = 0.0
         self._start = self._created = time.perf_counter()
@@ -322,7 +330,9 @@ class _Log:
         norms = [float(scalars["grad_norm"]) for scalars in fetched]
         good = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
         skipped = len(good) - sum(good)
-        if skipped and not (self._skip and any(good)):
+        for is_good in good:
+            self._bad_in_a_row = 0 if is_good else self._bad_in_a_row + 1
+        if skipped and (not self._skip or self._bad_in_a_row >= _MOST_SKIPPED):
             i = good.index(False)
             of = "" if records[i] is None else f" (records {', '.join(map(str, records[i][:16]))})"
             at = step - len(losses) + 1 + i
@@ -341,6 +351,8 @@ class _Log:
             "step": step,
             **{
                 key: float(np.mean([scalars[key] for scalars, is_good in zip(fetched, good) if is_good]))
+                if any(good)
+                else None
                 for key in sorted(fetched[0])
             },
             "learning_rate": float(self._schedule(step - 1)),
@@ -364,6 +376,8 @@ class _Log:
         speed = f"  {line['clips_per_second']:.1f} clips/s" if rate else ""
         failed = f"  failed clips {failed_share:.1%}" if failed_share else ""
         failed += f"  skipped steps {skipped}" if skipped else ""
+        if not any(good):
+            return f"no step was finite{speed}{failed}"
         return (
             f"loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  lr {line['learning_rate']:.3g}{speed}"
             f"  wait {line['wait_share']:.1%}{failed}"

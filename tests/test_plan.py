@@ -68,6 +68,7 @@ def test_an_unreadable_program_is_told() -> None:
         (1024, 128, 1, (1, 1)),
         (64, 128, 60, (16, 2)),  # two chips share a clip; 60 / 32 is below a fifth
         (64, 128, 4000, (64, 2)),  # as far as it goes
+        (48, 12, 60, (12, 1)),  # no power of two
     ],
 )
 def test_the_mesh_suits_batch_and_state(batch: int, chips: int, gibibytes: int, wanted: tuple[int, int]) -> None:
@@ -80,6 +81,7 @@ def planned(**changes: int) -> Plan:
     return Plan(
         request=Request("train", "paper", "v5e:8x16"),
         chips=128,
+        hosts=16,
         mesh={"data": 64, "fsdp": 2, "tensor": 1},
         batch_size=1024,
         steps=3600,
@@ -104,7 +106,7 @@ def test_what_fits_and_what_would_make_it_fit() -> None:
     assert [line.split()[4:6] for line in advice[:3]] == [
         ["--set", "model.vision.remat=True"],
         ["--set", "accumulate=2"],
-        ["--set", "fsdp=4:"],
+        ["--set", "fsdp=4"],
     ]
 
 
@@ -122,11 +124,9 @@ def test_a_recipe_is_compiled_for_a_slice(capsys: pytest.CaptureFixture[str]) ->
     assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert found["fits"]
     memory = found["memory"]
-    assert found["total_bytes"] == sum(memory.values())
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)  # AdamW
     assert memory["temporaries"] > 0
-    assert {"all-reduce", "collective-permute"} & found["collectives"].keys()  # gradients, the loss's ring
-    assert found["step_seconds"] >= max(found["bounds"].values())
+    assert {"all-reduce", "collective-permute"} <= found["collectives"].keys()  # gradients, the loss's ring
     # Inside an error of libtpu's process, what it says reaches the user.
     with pytest.raises(PlanError, match="batch_size = 8 in 1 parts does not divide over 16 shares"):
         plan.plan(Request("train", "toy", "v5e:4x4", ("fsdp=16",)))

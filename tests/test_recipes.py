@@ -183,6 +183,8 @@ def test_self_training_mixes_pseudo_captions_into_the_visual_stage(records: list
     assert asked["mixture"] == [[len(records), 0.75], [len(pseudo), 0.25]]
     with pytest.raises(ValueError, match="visual stage only"):
         recipes.adapt("language", records, tmp_path / "language", **options)
+    with pytest.raises(ValueError, match="no pseudo record has captions"):
+        recipes.adapt("visual", records, tmp_path / "none", **options | {"pseudo": [Record(key="x", video="x.mp4")]})
     with pytest.raises(ValueError, match="pseudo_share must be above 0 and below 1, not 1"):
         recipes.adapt("visual", records, tmp_path / "all", pseudo_share=1, **options)
 

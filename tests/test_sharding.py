@@ -1,4 +1,4 @@
-"""The mesh of one device; several devices and whole trainings on them are in test_train."""
+"""What stands where on a mesh, and whole trainings on meshes of 8 forced devices."""
 
 from __future__ import annotations
 
@@ -36,12 +36,23 @@ def test_what_is_put_does_not_share_memory_with_the_original() -> None:
     assert float(original["x"].sum()) == 4950.0
 
 
-def test_rows_must_divide_over_the_devices() -> None:
-    class TwoShares:
-        local_mesh = AbstractMesh((1, 2, 1), AXES)
+class Shares:
+    """A mesh of two devices on the batch axes, of which this process has some."""
 
-    with pytest.raises(ValueError, match="ok: 3 rows do not divide over the 2 shares"):
-        put_batch({"ok": np.ones(3, bool)}, TwoShares())  # type: ignore[arg-type]
+    def __init__(self, here: int) -> None:
+        self.shape = {"data": 1, "fsdp": 2, "tensor": 4}
+        self.local_mesh = AbstractMesh((1, here, 1), AXES)
+
+
+def test_rows_must_divide_over_the_devices() -> None:
+    with pytest.raises(ValueError, match=r"ok: 3 rows do not divide over the 2 shares.*batch_size to a multiple of 2"):
+        put_batch({"ok": np.ones(3, bool)}, Shares(2))  # type: ignore[arg-type]
+
+
+def test_a_tensor_axis_over_several_processes_is_refused() -> None:
+    """Each would take its own rows for the same ones."""
+    with pytest.raises(ValueError, match="tensor=4 reaches over devices of several processes"):
+        put_batch({"ok": np.ones(4, bool)}, Shares(1))  # type: ignore[arg-type]
 
 
 def test_parameters_are_split_by_name() -> None:

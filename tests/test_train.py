@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -177,16 +177,42 @@ def test_non_finite_loss_stops_and_names_the_step_and_its_records() -> None:
         fit(Model(rngs=nnx.Rngs(0)), broken_loss, Poisoned(), CONFIG, progress=False)
 
 
-def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, skip_nonfinite=True)
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_non_finite_steps_are_left_out_and_counted(log_every: int, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, skip_nonfinite=True, log_every=log_every)
     model = Model(rngs=nnx.Rngs(0))
     history = fit(model, broken_loss, Poisoned(), config, workdir=tmp_path, progress=False)
     assert np.isnan(history.losses).tolist() == [step == 3 for step in range(1, 13)]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [1, 0, 0, 0, 0]
-    assert lines[0]["losses"][2] is None
-    assert math.isfinite(lines[0]["loss"])
+    told = next(line for line in lines if line["skipped"])
+    assert sum(line["skipped"] for line in lines) == 1
+    assert None in told["losses"]
+    assert told["loss"] is None if log_every == 1 else math.isfinite(told["loss"])
+
+
+def test_a_run_of_nothing_but_bad_steps_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvdl.train._MOST_SKIPPED", 3)
+
+    def never(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss, scalars = square_loss(model, batch)
+        return loss * jnp.nan, scalars
+
+    config = dataclasses.replace(CONFIG, skip_nonfinite=True)
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        fit(Model(rngs=nnx.Rngs(0)), never, Source(), config, progress=False)
+
+
+def test_parts_must_divide_over_the_devices() -> None:
+    class Eight:
+        shape: ClassVar[dict[str, int]] = {"data": 8, "fsdp": 1, "tensor": 1}
+        size = 8
+
+    config = dataclasses.replace(CONFIG, batch_size=16, accumulate=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyvdl.train.make_mesh", lambda fsdp, tensor: Eight())
+        with pytest.raises(ValueError, match="batch_size=16 in accumulate=4 parts does not divide over the 8 shares"):
+            fit(Model(rngs=nnx.Rngs(0)), square_loss, Source(), config, progress=False)
 
 
 def test_parts_of_a_batch_are_refused_where_a_model_has_random_state() -> None:
