@@ -17,7 +17,6 @@ import functools
 import importlib
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 from bench.common import ROOT
 from bench.tpu_dumps import EstimateError, Simulated, executed, instructions, pallas_names, profile
+from pyvdl.plan import compiler_environment, reason_of
 
 type Mode = Literal["simulate", "model", "compile"]
 
@@ -38,20 +38,6 @@ ROUNDING = 0.98  # of the useful flops that the MXUs must have executed: kernels
 # Operands stay in HBM, as those of a whole problem do: XLA would move a small slice into VMEM.
 IN_HBM = "--xla_vf_vmem_memory_space_assignment=false"
 LIBTPU = ROOT / "build" / "libtpu"  # where `make libtpu` puts it
-
-
-def compiler_environment(accelerator: str) -> dict[str, str]:
-    """Of a process that compiles for a TPU which is not there. libtpu reads it when it is loaded."""
-    paths = [str(LIBTPU), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-        # libtpu must not look for this machine's TPU, nor take the lock that guards one.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
 
 
 def libtpu_version() -> str | None:
@@ -308,16 +294,9 @@ def _compile(spec: str, chip: Chip, topology: str, python: Path, part: str, flag
         except subprocess.TimeoutExpired:
             raise EstimateError(f"no answer in {PATIENCE_SECONDS:.0f} s") from None
         if done.returncode:
-            raise EstimateError(_reason(done.stderr) or f"the compiler's process ended with code {done.returncode}")
+            raise EstimateError(reason_of(done.stderr) or f"the compiler's process ended with code {done.returncode}")
         facts = json.loads((Path(folder) / "facts.json").read_text(encoding="utf-8"))
         return Compiled(facts, (Path(folder) / "hlo.txt").read_text(encoding="utf-8"))
-
-
-def _reason(errors: str) -> str:
-    """The line that says what went wrong: the exception's, or libtpu's check."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): |F\d{4} ", line)]
-    return (told or lines or [""])[-1][:400]
 
 
 def estimate(

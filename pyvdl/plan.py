@@ -173,27 +173,37 @@ def plan(request: Request) -> Plan:
     """Compiles the step in a process of its own. Raises PlanError, or ValueError for what cannot be asked for."""
     chip, _ = parse_topology(request.topology)
     resolve(request)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": CHIPS[chip].accelerator,
-        # libtpu must not look for this machine's TPU, nor take the lock that guards one.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "PYTHONPATH": os.pathsep.join(filter(None, [_libtpu(), os.environ.get("PYTHONPATH", "")])),
-    }
+    environment = compiler_environment(CHIPS[chip].accelerator)
     command = [sys.executable, "-m", "pyvdl.plan", json.dumps(dataclasses.asdict(request))]
     try:
         done = subprocess.run(command, env=environment, timeout=PATIENCE_SECONDS, capture_output=True, text=True)
     except subprocess.TimeoutExpired:
         raise PlanError(f"the compiler gave no answer in {PATIENCE_SECONDS:.0f} s") from None
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): |F\d{4} ", line)]
-        reason = (told or lines or [f"the compiler's process ended with code {done.returncode}"])[-1]
-        raise PlanError(f"{request.recipe} does not compile for {request.topology}: {reason[:600]}")
+        reason = reason_of(done.stderr) or f"the compiler's process ended with code {done.returncode}"
+        raise PlanError(f"{request.recipe} does not compile for {request.topology}: {reason}")
     found = json.loads(done.stdout.splitlines()[-1])
     return Plan(**found | {"request": request, "memory": Memory(**found["memory"])})
+
+
+def compiler_environment(accelerator: str) -> dict[str, str]:
+    """Of a process that compiles for a TPU which is not there. libtpu reads it when it is loaded."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        # libtpu must not look for this machine's TPU, nor take the lock that guards one.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "PYTHONPATH": os.pathsep.join(filter(None, [_libtpu(), os.environ.get("PYTHONPATH", "")])),
+    }
+
+
+def reason_of(errors: str) -> str:
+    """The line of such a process that says what went wrong: the exception's, or libtpu's check."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): |F\d{4} ", line)]
+    return (told or lines or [""])[-1][:400]
 
 
 def _libtpu() -> str:

@@ -15,8 +15,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu_static import CHIPS, compiler_environment
+from bench.tpu_static import CHIPS
 from pyvdl.kernels import attention_xla, reference, space_time_attention, tuning
+from pyvdl.plan import compiler_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

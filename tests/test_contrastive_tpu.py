@@ -17,8 +17,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu_static import compiler_environment
 from pyvdl.kernels import contrastive_loss, tuning
+from pyvdl.plan import compiler_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu_static import CHIPS, compiler_environment
+from bench.tpu_static import CHIPS
 from pyvdl.kernels import grouped_tpu_tiles, reference, space_time_attention
 from pyvdl.kernels.grouped_tpu import backward, forward
+from pyvdl.plan import compiler_environment
 
 # mode, frames, patches, class tokens, heads, head dim, dtype
 CASES = [
