@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import re
 import shutil
@@ -31,6 +30,7 @@ SETUP = "python -m bench.tpu_aot --setup"
 RECORD = ROOT / "tests" / "tpu_cycles.json"
 SIMULATED_CHIPS = [name for name, chip in CHIPS.items() if chip.simulated]
 RING_CHIPS = 16
+LARGE_RING = 512  # chips, of 128 rows each
 MODES = {
     "simulate": "",
     "partly": "what is not Pallas by XLA's model",
@@ -47,6 +47,7 @@ class Case:
     spec: str
     mode: Mode = "simulate"
     chips: int = 1  # that the program runs on
+    only: str | None = None  # the chip that has slices of so many, in place of those asked for
 
     @property
     def is_anchor(self) -> bool:
@@ -77,6 +78,13 @@ def _joint() -> Iterator[Case]:
                 arguments = f"{tokens},{head_dim},{blocks},padded={padded},heads={heads}"
                 yield Case(f"{name} {library}{note}", f"bench.tpu_anchors:attention({library},{what},{arguments})")
             yield Case(f"{name} xla", f"bench.tpu_anchors:attention(xla,{what},{tokens},{head_dim})", "model")
+    # Ours alone: class tokens behind full tiles, the other heads, a long clip.
+    more = {(2049, 64): (8, 256, 1, 16), (4097, 64): (16, 256, 1, 8), (16384, 64): (64, 256, 0, 2)}
+    more |= {(2048, head_dim): (8, 256, 0, heads) for head_dim, heads in ((80, 16), (96, 16), (256, 8))}
+    for (tokens, head_dim), (frames, patches, class_tokens, heads) in more.items():
+        for what in ("fwd", "fwd+bwd"):
+            arguments = f"joint,{what},{frames},{patches},{class_tokens},{head_dim},heads={heads}"
+            yield Case(f"joint {what} {tokens}x{head_dim} pyvdl", f"bench.tpu_ops:attention({arguments})")
 
 
 def _grouped() -> Iterator[Case]:
@@ -111,6 +119,8 @@ def _contrastive() -> Iterator[Case]:
                 "compile",
                 RING_CHIPS,
             )
+        spec = f"bench.tpu_ops:contrastive_ring({kind},128,{LARGE_RING})"
+        yield Case(f"contrastive {kind} {LARGE_RING} chips x 128 pyvdl pallas_tpu", spec, "compile", LARGE_RING, "v5p")
 
 
 CASES = (
@@ -237,8 +247,9 @@ def run(cases: Sequence[Case], chips: Sequence[str], out: Path) -> None:
     print(f"{versions}; tokamax {anchor_versions().get('tokamax')}. A slice of each problem is simulated.\n")
     table: list[Sequence[str]] = [HEAD]
     rows: list[dict[str, Any]] = []
+    pairs = [(case, chip) for case in cases for chip in ([case.only] if case.only else chips)]
     try:
-        for case, chip in itertools.product(cases, chips):
+        for case, chip in pairs:
             start = time.perf_counter()
             row: dict[str, Any] = {"bench": "tpu_aot", "case": case.name, "chip": chip}
             found: Estimate | str

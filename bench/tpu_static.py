@@ -95,7 +95,7 @@ CHIPS = {
         slots={"VALU": 4, "EUP": 1, "VPOP": 2, "VLD": 3, "VST": 2, "XLU": 3},
     ),
     "v5p": Chip(
-        topologies={1: "v5p:2x2x1", 16: "v5p:2x2x4"},
+        topologies={1: "v5p:2x2x1", 16: "v5p:2x2x4", 512: "v5p:8x8x8"},
         accelerator="v5p-8",
         clock_hz=1.75e9,
         mxus=4,
