@@ -17,6 +17,7 @@ from pyvdl import __version__, commands
 from pyvdl.commands import UsageError
 from pyvdl.config import PRESETS
 
+VIDEOS_HELP = "video, folder, manifest (.jsonl), or WebDataset tars ('clips/{00000..00099}.tar')"
 DEMO_MODEL = Path("demo/language/model")  # what `make demo` leaves
 
 DESCRIPTION = """Adapt an image vision-language model to video, caption clips with it, train a video-text encoder on
@@ -115,7 +116,7 @@ def _parser() -> Parser:
         "code 1 where no video could be read.",
         "pyvdl probe videos/ train.jsonl clip.mp4 --json",
     )
-    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="video, folder of videos, or manifest (.jsonl)")
+    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=VIDEOS_HELP)
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     p.add_argument("--versions", action="store_true", help="only print the versions of pyvdl, jax and FFmpeg")
 
@@ -137,7 +138,9 @@ def _parser() -> Parser:
         "questions and answers that the templates find (temporal, causal, short).",
         "pyvdl instruct --data corpus/train.jsonl --out corpus/instructions.jsonl",
     )
-    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="records with narratives")
+    p.add_argument(
+        "--data", type=Path, required=True, metavar="DATA", help="records with narratives: manifest or WebDataset tars"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
 
     p = verb(
@@ -213,7 +216,7 @@ def _parser() -> Parser:
         "pyvdl evaluate --model runs/encoder/model --data corpus/test.jsonl --out scores.json",
     )
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved VLM or dual encoder")
-    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="test records")
+    p.add_argument("--data", type=Path, required=True, metavar="DATA", help="test records: manifest or WebDataset tars")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON too")
     _add_loading(p)
 
@@ -255,7 +258,9 @@ def _parser() -> Parser:
 
 
 def _add_training(p: Parser) -> None:
-    p.add_argument("--data", type=Path, required=True, metavar="MANIFEST", help="training records")
+    p.add_argument(
+        "--data", type=Path, required=True, metavar="DATA", help="training records: manifest or WebDataset tars"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     p.add_argument("--model", type=Path, metavar="DIR", help="saved model to start from (default: a random one)")
     p.add_argument("--preset", choices=tuple(PRESETS), default="toy", help="sizes and recipe (default: toy)")
@@ -277,8 +282,7 @@ def _add_training(p: Parser) -> None:
 
 
 def _add_videos(p: Parser) -> None:
-    text = "video, folder of videos, or manifest (.jsonl)"
-    p.add_argument("videos", nargs="*", type=Path, metavar="PATH", help=text)
+    p.add_argument("videos", nargs="*", type=Path, metavar="PATH", help=VIDEOS_HELP)
     p.add_argument("--videos", nargs="+", type=Path, default=[], metavar="PATH", dest="more_videos", help="the same")
 
 

@@ -80,7 +80,7 @@ def clip_batches(
     records: Sequence[Record], *, clip: ClipConfig, batch_size: int, num_threads: int, prefetch: int
 ) -> Generator[ClipRows]:
     """Decodes the clips of `records` in order, always `batch_size` rows at a time so that one shape is compiled."""
-    requests = (ClipRequest(r.video, r.start_seconds, r.end_seconds, clip_seed(r, 0)) for r in records)
+    requests = (ClipRequest(r.source, r.start_seconds, r.end_seconds, clip_seed(r, 0)) for r in records)
     loader = ClipLoader(
         requests, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, **dataclasses.asdict(clip)
     )

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from pyvdl.tokenizers import Tokenizer
     from pyvdl.train import History
 
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
-    | {".vob", ".webm", ".wmv"}
-)
 Report = Callable[[int, int], None]  # (done, total)
 Scores = list[tuple[str, float, float, float]]  # name, value, low, high
 
@@ -43,10 +39,10 @@ def probe(arguments: argparse.Namespace) -> int:
     from pyvdl.video import DecodeError, VideoDecoder
 
     rows = []
-    for path in _video_paths(arguments.paths):
-        row: dict[str, Any] = {"video": path, "status": "ok", "error": None}
+    for video, source in {record.video: record.source for record in _named(arguments.paths)}.items():
+        row: dict[str, Any] = {"video": video, "status": "ok", "error": None}
         try:
-            found = VideoDecoder(path).metadata
+            found = VideoDecoder(source).metadata
             row |= {
                 "codec": found.codec,
                 "size": f"{found.width}x{found.height}",
@@ -92,10 +88,10 @@ def instruct(arguments: argparse.Namespace) -> int:
     from collections import Counter
 
     from pyvdl import instruct as templates
-    from pyvdl.data import read_manifest, write_manifest
+    from pyvdl.data import write_manifest
 
     _make_way(arguments.out)
-    told = [(record, record.narrative) for record in read_manifest(arguments.data) if record.narrative]
+    told = [(record, record.narrative) for record in _read(arguments.data) if record.narrative]
     if not told:
         raise ValueError(f"{arguments.data}: no record has a narrative")
     asked, unread = [], []
@@ -117,13 +113,12 @@ def instruct(arguments: argparse.Namespace) -> int:
 
 def adapt(arguments: argparse.Namespace) -> int:
     from pyvdl import recipes
-    from pyvdl.data import read_manifest
     from pyvdl.sharding import join
 
     _check_settings(arguments)
     if arguments.distributed:
         join()
-    records = recipes.fraction(read_manifest(arguments.data), arguments.fraction)
+    records = recipes.fraction(_read(arguments.data), arguments.fraction)
     history = recipes.adapt(
         arguments.stage,
         records,
@@ -143,11 +138,10 @@ def _captioned(manifest: Path | None, captions: str | Path | None) -> list[Recor
     import dataclasses
 
     from pyvdl.caption import captions_by_key, read_captions
-    from pyvdl.data import read_manifest
 
     if manifest is None:
         return []
-    records = read_manifest(manifest)
+    records = _read(manifest)
     if captions is None:
         return records
     found = captions_by_key(read_captions(captions))
@@ -244,11 +238,10 @@ def caption(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import write_whole
-    from pyvdl.data import read_manifest
     from pyvdl.models.vlm import VLM
     from pyvdl.progress import reporting
 
-    records = read_manifest(arguments.data)
+    records = _read(arguments.data)
     if arguments.out is not None:
         _make_way(arguments.out)
     model, tokenizer = _load(arguments)
@@ -432,11 +425,6 @@ def _versions() -> dict[str, str]:
     return ours | theirs
 
 
-def _video_paths(paths: Sequence[Path]) -> list[str]:
-    """Videos, those of folders (by suffix, not deeper) and those of manifests, in this order; each file once."""
-    return list(dict.fromkeys(record.video for record in _named(paths)))
-
-
 def _records(paths: Sequence[Path]) -> list[Record]:
     """As `_named`; a key stands for one clip in what is written, so none may come twice."""
     found = _named(paths)
@@ -449,21 +437,33 @@ def _records(paths: Sequence[Path]) -> list[Record]:
 
 
 def _named(paths: Sequence[Path]) -> list[Record]:
-    """One record for each video or segment that `paths` name: videos, folders of videos, manifests."""
-    from pyvdl.data import Record, read_manifest
+    """One record for each video or segment that `paths` name: videos, folders of videos, manifests, tars."""
+    from pyvdl.data import Record
+    from pyvdl.sources import VIDEO_SUFFIXES
 
     found: list[Record] = []
     for path in paths:
-        if path.suffix == ".jsonl":
-            found += read_manifest(path)
+        if path.suffix in (".jsonl", ".tar") and not path.is_dir():
+            found += _read(path)
             continue
         videos = [path]
         if path.is_dir():
             videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
-            if not videos:
-                raise ValueError(f"{path}: no video in this folder (suffixes {' '.join(sorted(VIDEO_SUFFIXES))})")
+            tars = any(path.glob("*.tar"))
+            if not videos and not tars:
+                raise ValueError(
+                    f"{path}: no video and no tar in this folder (suffixes .tar {' '.join(sorted(VIDEO_SUFFIXES))})"
+                )
+            found += _read(path) if tars else []
         found += [Record(key=str(video), video=str(video)) for video in videos]
     return found
+
+
+def _read(path: Path) -> list[Record]:
+    """The records of a manifest, or of tars: those of a damaged one that are whole, and what is wrong with it."""
+    from pyvdl.archives import read_records
+
+    return read_records(path, on_damage=lambda error: print(f"left out of the data: {error}", file=sys.stderr))
 
 
 def _check_settings(arguments: argparse.Namespace) -> None:
@@ -485,12 +485,11 @@ def _check_settings(arguments: argparse.Namespace) -> None:
 def _caption_sets(path: Path) -> dict[str, list[str]]:
     """The texts of a captioning job's file or folder, or those of a manifest by kind; names for a table's columns."""
     from pyvdl.caption import JOB_FILE, read_captions
-    from pyvdl.data import read_manifest
 
-    made = (path / JOB_FILE).exists() if path.is_dir() else b'"log_probs"' in path.open("rb").readline()
+    made = (path / JOB_FILE).exists() or (path.is_file() and b'"log_probs"' in path.open("rb").readline())
     if made:
         return {str(path): [text for row in read_captions(path) for text in row.captions]}
-    records = read_manifest(path)
+    records = _read(path)
     found = {
         f"{path} captions": [text for record in records for text in record.captions],
         f"{path} alt_text": [record.alt_text for record in records if record.alt_text],

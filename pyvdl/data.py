@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from pyvdl.config import ClipConfig
-from pyvdl.sources import is_url
+from pyvdl.sources import FileSlice, file_path, with_file_path
 
 Family = Literal["temporal", "causal", "short"]
 Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
@@ -40,7 +40,8 @@ class Record:
     """One clip: a segment of a video file, and the texts that belong to it."""
 
     key: str
-    video: str  # path
+    video: str  # path, URL, or a member of a tar file as fsspec names it: tar://MEMBER::PATH
+    byte_range: tuple[int, int] | None = None  # offset and length of the video in its file; None: all of `video`
     start_seconds: float = 0.0  # from the first shown frame
     end_seconds: float | None = None  # None: to the end of the video
     captions: tuple[str, ...] = ()
@@ -53,6 +54,11 @@ class Record:
     extra: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, hash=False
     )  # keys of the manifest not named here
+
+    @property
+    def source(self) -> str | FileSlice:
+        """What the decoder opens; with a byte range that part of the file, without looking for it in the tar."""
+        return self.video if self.byte_range is None else FileSlice(file_path(self.video), *self.byte_range)
 
 
 _NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra"}
@@ -72,7 +78,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
             if not line.strip():
                 continue
             try:
-                record = _parse_record(line.decode("utf-8"), source.parent)
+                record = parse_record(parse_object(line.decode("utf-8")), source.parent)
                 if record.key in lines:
                     raise ValueError(f"key {record.key!r} stands on line {lines[record.key]} already: expected its own")
             except ValueError as error:
@@ -95,13 +101,19 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
         temporary.unlink(missing_ok=True)
 
 
-def _parse_record(text: str, folder: Path) -> Record:
+def parse_object(text: str) -> dict[str, Any]:
+    """One JSON object; ValueError says what was found instead."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"expected one JSON object: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {text.strip()[:40]!r}")
+    return found
+
+
+def parse_record(found: Mapping[str, Any], folder: Path) -> Record:
+    """The record of a manifest's object, with paths relative to `folder`; ValueError says what was expected."""
     for name in ("key", "video"):
         if not found.get(name):
             raise ValueError(f"{name!r} is missing: expected a non-empty string")
@@ -110,13 +122,17 @@ def _parse_record(text: str, folder: Path) -> Record:
     start, end = found.get("start_seconds", 0.0), found.get("end_seconds")
     _check("start_seconds", start, _is_seconds(start), "a number of 0 or more")
     _check("end_seconds", end, end is None or (_is_seconds(end) and end > start), f"a number above {start} or null")
+    byte_range = found.get("byte_range")
+    good = byte_range is None or (_is_list_of(byte_range, int) and len(byte_range) == 2 and min(byte_range) >= 0)
+    _check("byte_range", byte_range, good, "an offset and a length in bytes, or null")
     captions = found.get("captions") or []
     _check("captions", captions, _is_list_of(captions, str), "a list of strings")
     questions = found.get("questions") or []
     _check("questions", questions, _is_list_of(questions, dict), "a list of objects")
     values = {name: value for name, value in found.items() if name in _NAMED}
     values |= {
-        "video": found["video"] if is_url(found["video"]) else os.path.normpath(folder / found["video"]),
+        "video": with_file_path(found["video"], lambda path: os.path.normpath(folder / path)),
+        "byte_range": None if byte_range is None else tuple(byte_range),
         "start_seconds": float(start),
         "end_seconds": None if end is None else float(end),
         "captions": tuple(captions),
@@ -150,10 +166,11 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _to_json(record: Record, folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"key": record.key, "video": record.video}
-    if not is_url(record.video):
-        video = Path(record.video).absolute()
-        result["video"] = os.fspath(video.relative_to(folder) if video.is_relative_to(folder) else video)
+    def shown(path: str) -> str:
+        file = Path(path).absolute()
+        return os.fspath(file.relative_to(folder) if file.is_relative_to(folder) else file)
+
+    result: dict[str, Any] = {"key": record.key, "video": with_file_path(record.video, shown)}
     for field in dataclasses.fields(Record):
         value = getattr(record, field.name)
         if field.name in _NAMED and field.name not in result and value != field.default:
@@ -308,7 +325,7 @@ class Batches:
             for item in self._batch_items(start):
                 self._items.append(item)
                 record = self._records[item.index]
-                yield ClipRequest(record.video, record.start_seconds, record.end_seconds, self._clip_seed(item))
+                yield ClipRequest(record.source, record.start_seconds, record.end_seconds, self._clip_seed(item))
 
     def _batch_items(self, start: int) -> Iterator[_Item]:
         """Yields this process's records of the global batch that begins at `start`: every process_count-th one."""

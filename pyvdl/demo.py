@@ -223,7 +223,7 @@ def _instructed(record: Record) -> Record:
 def _decode_speed(records: Sequence[Record], clip: ClipConfig) -> dict[str, Any]:
     """Clips a second of the decoder alone, all cores, on the test part."""
     threads = os.cpu_count() or 1
-    requests = [ClipRequest(r.video, r.start_seconds, r.end_seconds, 0) for r in records]
+    requests = [ClipRequest(r.source, r.start_seconds, r.end_seconds, 0) for r in records]
     loader = ClipLoader(requests, batch_size=BATCH, num_threads=threads, prefetch=2, **dataclasses.asdict(clip))
     begin = time.perf_counter()
     good = sum(int(batch.ok.sum()) for batch in loader)
@@ -409,7 +409,7 @@ def _examples(
 def _thumbnails(directory: Path, record: Record, count: int, clip: ClipConfig) -> list[str]:
     """PNG files of `count` frames of the clip, at the size they have in the file."""
     options = dataclasses.asdict(clip) | {"num_frames": count, "short_side": 128, "size": 128}
-    frames = sample_clip(record.video, start_seconds=record.start_seconds, end_seconds=record.end_seconds, **options)
+    frames = sample_clip(record.source, start_seconds=record.start_seconds, end_seconds=record.end_seconds, **options)
     names = [f"frame-{record.key}-{i + 1}of{count}.png" for i in range(count)]
     for name, frame in zip(names, frames.data, strict=True):
         save_thumbnail(frame, directory / name)

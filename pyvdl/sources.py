@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,11 @@ type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 
 _INT64 = (1 << 63) - 1
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_MEMBER = re.compile(r"(tar://.*::)(.*)", re.DOTALL)  # of a tar file, as fsspec writes it: what is in it::its path
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+    | {".vob", ".webm", ".wmv"}
+)
 
 
 class DecodeError(RuntimeError):
@@ -91,9 +97,21 @@ def is_url(source: str | os.PathLike[str] | FileSlice) -> bool:
     return _URL.match(_path(source)) is not None
 
 
-def absolute(path: str) -> str:
-    """The path, by whatever spelling, from the root on; a URL as it is. Links are not followed."""
-    return path if is_url(path) else os.path.abspath(path)
+def file_path(video: str) -> str:
+    """The path or URL of the file that holds the video: itself, or the tar file that it is a member of."""
+    member = _MEMBER.fullmatch(video)
+    return member[2] if member else video
+
+
+def with_file_path(video: str, change: Callable[[str], str]) -> str:
+    """The name of the video with its file's path changed; what lies at a URL keeps its name."""
+    path = file_path(video)
+    return video if is_url(path) else video.removesuffix(path) + change(path)
+
+
+def absolute(video: str) -> str:
+    """The name with a path, however it was spelled, from the root on; a URL as it is. Links are not followed."""
+    return with_file_path(video, os.path.abspath)
 
 
 def read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:

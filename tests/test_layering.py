@@ -20,6 +20,7 @@ FORBIDDEN = {
     "pyvdl.kernels": {"flax", "pyvdl.models", "pyvdl.train", "pyvdl.data", "pyvdl.video", "pyvdl.config"},
     "pyvdl.models": {"pyvdl.data", "pyvdl.train", "pyvdl.video", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.generate": {"pyvdl.data", "pyvdl.train", "pyvdl.video"},
+    "pyvdl.archives": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},
 }

@@ -248,7 +248,7 @@ def test_a_clip_named_twice_is_refused_where_keys_matter(run: Run, tmp_path: Pat
 def test_a_folder_without_videos_is_told(run: Run, tmp_path: Path) -> None:
     code, _, err = run("probe", tmp_path)
     assert code == 1
-    assert "no video in this folder" in err
+    assert "no video and no tar in this folder" in err
 
 
 def test_instruct_writes_questions_of_three_families(run: Run, corpus: Path, tmp_path: Path) -> None:
