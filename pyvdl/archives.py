@@ -229,7 +229,7 @@ def _record(path: str, key: str, sample: _Sample) -> Record:
         "captions": given if given else list(dict.fromkeys(texts)),
     }
     try:
-        return parse_record(fields, Path())
+        return parse_record(fields, "")
     except ValueError as error:
         raise ValueError(f"{path}: {key}.json: {error}") from error
 

@@ -71,6 +71,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
     Raises ValueError naming file, line and what was expected there.
     """
     source = Path(path)
+    folder = os.fspath(source.parent)
     records: list[Record] = []
     lines: dict[str, int] = {}
     with source.open("rb") as file:  # decoded line by line, so that what is not UTF-8 has a line number
@@ -78,7 +79,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
             if not line.strip():
                 continue
             try:
-                record = parse_record(parse_object(line.decode("utf-8")), source.parent)
+                record = parse_record(parse_object(line.decode("utf-8")), folder)
                 if record.key in lines:
                     raise ValueError(f"key {record.key!r} stands on line {lines[record.key]} already: expected its own")
             except ValueError as error:
@@ -112,32 +113,34 @@ def parse_object(text: str) -> dict[str, Any]:
     return found
 
 
-def parse_record(found: Mapping[str, Any], folder: Path) -> Record:
+def parse_record(found: Mapping[str, Any], folder: str | os.PathLike[str]) -> Record:
     """The record of a manifest's object, with paths relative to `folder`; ValueError says what was expected."""
+    # A manifest may have millions of lines: what is absent or as most lines have it costs next to nothing here.
     for name in ("key", "video"):
         if not found.get(name):
             raise ValueError(f"{name!r} is missing: expected a non-empty string")
     for name in ("key", "video", "narrative", "alt_text", "label", "split", "group"):
-        _check(name, found.get(name), isinstance(found.get(name, ""), str | None), "a string")
+        if (text := found.get(name)) is not None:
+            _check(name, text, isinstance(text, str), "a string")
     start, end = found.get("start_seconds", 0.0), found.get("end_seconds")
-    _check("start_seconds", start, _is_seconds(start), "a number of 0 or more")
-    _check("end_seconds", end, end is None or (_is_seconds(end) and end > start), f"a number above {start} or null")
-    byte_range = found.get("byte_range")
-    good = byte_range is None or (_is_list_of(byte_range, int) and len(byte_range) == 2 and min(byte_range) >= 0)
-    _check("byte_range", byte_range, good, "an offset and a length in bytes, or null")
+    if "start_seconds" in found:
+        _check("start_seconds", start, _is_seconds(start), "a number of 0 or more")
+    if end is not None:
+        _check("end_seconds", end, _is_seconds(end) and end > start, f"a number above {start} or null")
+    values = {name: value for name, value in found.items() if name in _NAMED}
+    if (byte_range := found.get("byte_range")) is not None:
+        good = _is_list_of(byte_range, int) and len(byte_range) == 2 and min(byte_range) >= 0
+        _check("byte_range", byte_range, good, "an offset and a length in bytes, or null")
+        values["byte_range"] = tuple(byte_range)
     captions = found.get("captions") or []
     _check("captions", captions, _is_list_of(captions, str), "a list of strings")
     questions = found.get("questions") or []
     _check("questions", questions, _is_list_of(questions, dict), "a list of objects")
-    values = {name: value for name, value in found.items() if name in _NAMED}
-    values |= {
-        "video": with_file_path(found["video"], lambda path: os.path.normpath(folder / path)),
-        "byte_range": None if byte_range is None else tuple(byte_range),
-        "start_seconds": float(start),
-        "end_seconds": None if end is None else float(end),
-        "captions": tuple(captions),
-        "questions": tuple(_parse_question(question) for question in questions),
-    }
+    values["video"] = with_file_path(found["video"], lambda path: os.path.normpath(os.path.join(folder, path)))
+    values["start_seconds"] = float(start)
+    values["end_seconds"] = None if end is None else float(end)
+    values["captions"] = tuple(captions)
+    values["questions"] = tuple(map(_parse_question, questions))
     return Record(**values, extra={name: value for name, value in found.items() if name not in _NAMED})
 
 
@@ -162,7 +165,7 @@ def _is_seconds(value: Any) -> bool:
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    return isinstance(value, list) and all([isinstance(item, kind) for item in value])
 
 
 def _to_json(record: Record, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pyvdl import config as settings
 from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
-from pyvdl.data import Batches, Encode, Record
+from pyvdl.data import Batches, Encode, Question, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
@@ -271,8 +271,8 @@ def _run(
 
 def _digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
+    encode = json.JSONEncoder(sort_keys=True, default=lambda x: vars(x) if isinstance(x, Question) else str(x)).encode
     for record in records:
         # Texts by content, videos by their absolute path, for the reasons that the digest of a captioning job gives.
-        fields = dataclasses.asdict(record) | {"video": absolute(record.video)}
-        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+        digest.update(encode(vars(record) | {"video": absolute(record.video)}).encode())
     return digest.hexdigest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,46 @@ def test_a_position_is_that_of_the_batch_handed_out_last() -> None:
         text_only(11).set_state(state)
 
 
+def together(processes: list[Batches], count: int) -> list[dict[str, np.ndarray]]:
+    """The next global batches of all processes: each holds every len(processes)-th row."""
+    shares = zip(*(take(process, count) for process in processes))
+    return [
+        {
+            name: np.stack([share[name] for share in batch], axis=1).reshape(-1, *batch[0][name].shape[1:])
+            for name in batch[0]
+        }
+        for batch in shares
+    ]
+
+
+def handed_on(make: Callable[..., Batches], counts: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+    """Two global batches from as many processes as the first of `counts` says, then two from the next, which go on from
+    the position of the last process before them."""
+    found: list[dict[str, np.ndarray]] = []
+    state: dict[str, Any] | None = None
+    for count in counts:
+        processes = [make(process_index=i, process_count=count) for i in range(count)]
+        for process in processes:
+            if state is not None:
+                process.set_state(json.loads(json.dumps(state)))
+        found += together(processes, 2)
+        state = processes[-1].get_state()
+        assert all(process.get_state() == state for process in processes)
+        for process in processes:
+            process.close()
+    return found
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 4), (4, 1, 2), (2, 4, 1)])
+@pytest.mark.parametrize("mixture", [None, [(3, 1.0), (7, 2.0)]])
+def test_a_position_survives_another_number_of_processes(
+    counts: tuple[int, ...], mixture: list[tuple[int, float]] | None
+) -> None:
+    """Every global batch has the rows, in the order, that one process would have given."""
+    make = partial(text_only, 10, mixture=mixture)
+    assert_same(handed_on(make, counts), take(make(), 6))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -269,6 +311,10 @@ def test_clips_go_on_from_a_position_while_others_were_decoded_ahead(manifest: l
     drawn = [not np.array_equal(again[i], video) for i, video in later if i in again and i not in (3, 4)]
     assert drawn
     assert all(drawn), "another epoch draws other crops"
+
+
+def test_clips_survive_another_number_of_processes(manifest: list[Record]) -> None:
+    assert_same(handed_on(partial(clips, manifest), (1, 4, 2)), take(clips(manifest), 6))
 
 
 def test_filling_rows_of_the_last_batch_do_not_count(manifest: list[Record]) -> None:
