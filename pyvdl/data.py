@@ -22,17 +22,27 @@ from absl import logging
 from pyvdl.config import ClipConfig
 from pyvdl.sources import FileSlice, file_path, with_file_path
 
-Family = Literal["temporal", "causal", "short"]
+Family = Literal["temporal", "causal", "descriptive", "short"]
 Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about a clip with its answer."""
+    """A question about a clip with its answer, or its answers."""
 
     question: str
     answer: str
-    family: Family
+    family: Family | None = None  # None: not known
+    type: str | None = None  # the data set's own, such as NExT-QA's "CW"
+    references: tuple[str, ...] = ()  # further answers, as right as `answer`
+    options: tuple[str, ...] = ()  # of a multiple choice
+    correct: int | None = None  # the option that is the answer; others may read the same
+    key: str | None = None  # what the data set calls the question
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that are right."""
+        return (self.answer, *self.references)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,7 @@ class Record:
 
 
 _NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra"}
+_OF_QUESTION = frozenset(field.name for field in dataclasses.fields(Question))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
@@ -90,12 +101,19 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Writes what `read_manifest` reads, whole or not at all; videos below the manifest's folder become relative."""
+    """Writes what `read_manifest` reads, whole or not at all; videos below the manifest's folder become relative.
+
+    Raises ValueError where two records have one key.
+    """
     target = Path(path).absolute()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    keys: set[str] = set()
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for record in records:
+                if record.key in keys:
+                    raise ValueError(f"two records have the key {record.key!r}: expected each record to have its own")
+                keys.add(record.key)
                 file.write(json.dumps(_to_json(record, target.parent), ensure_ascii=False) + "\n")
         os.replace(temporary, target)
     finally:
@@ -147,12 +165,20 @@ def parse_record(found: Mapping[str, Any], folder: str | os.PathLike[str]) -> Re
 def _parse_question(found: dict[str, Any]) -> Question:
     for name in ("question", "answer"):
         _check(f"questions: {name}", found.get(name), isinstance(found.get(name), str), "a string")
-    _check(
-        "questions: family", found.get("family"), found.get("family") in get_args(Family), f"one of {get_args(Family)}"
-    )
-    unknown = sorted(set(found) - {"question", "answer", "family"})
-    _check("questions", unknown, not unknown, "only question, answer and family in each")
-    return Question(**found)
+    family = found.get("family")
+    _check("questions: family", family, family in (None, *get_args(Family)), f"one of {get_args(Family)} or null")
+    for name in ("type", "key"):
+        _check(f"questions: {name}", found.get(name), isinstance(found.get(name, ""), str | None), "a string")
+    lists = {name: found.get(name) or [] for name in ("references", "options")}
+    for name, value in lists.items():
+        _check(f"questions: {name}", value, _is_list_of(value, str), "a list of strings")
+    options, correct = lists["options"], found.get("correct")
+    if options or correct is not None:
+        good = type(correct) is int and 0 <= correct < len(options) and options[correct] == found["answer"]
+        _check("questions: correct", correct, good, f"the index of the answer among {len(options)} options")
+    unknown = sorted(set(found) - _OF_QUESTION)
+    _check("questions", unknown, not unknown, f"only {', '.join(sorted(_OF_QUESTION))} in each")
+    return Question(**found | {name: tuple(value) for name, value in lists.items()})
 
 
 def _check(name: str, value: Any, is_good: bool, expected: str) -> None:
@@ -179,8 +205,14 @@ def _to_json(record: Record, folder: Path) -> dict[str, Any]:
         if field.name in _NAMED and field.name not in result and value != field.default:
             result[field.name] = value
     if record.questions:
-        result["questions"] = [dataclasses.asdict(question) for question in record.questions]
+        result["questions"] = [_question_to_json(question) for question in record.questions]
     return result | dict(record.extra)
+
+
+def _question_to_json(question: Question) -> dict[str, Any]:
+    values = {field.name: getattr(question, field.name) for field in dataclasses.fields(Question)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Question)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 @dataclasses.dataclass(frozen=True)

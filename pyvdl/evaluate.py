@@ -190,31 +190,36 @@ def evaluate_questions(
             chunk = []
     if chunk:
         answer(chunk)
-    return score_answers(predictions, [q.answer for q in questions], [q.family for q in questions], owner, failed, seed)
+    return score_answers(
+        predictions, [q.answers for q in questions], [q.family for q in questions], owner, failed, seed
+    )
 
 
 def score_answers(
     predictions: list[str],
-    answers: list[str],
-    families: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
+    families: Sequence[str | None],
     owner: np.ndarray,
     failed: int = 0,
     seed: int = 0,
 ) -> QuestionScores:
-    """Scores answers however they were made; `owner` int[Q] is the clip of each question (for the bootstrap)."""
+    """Scores answers however they were made; of each question one is right, or any of several. `owner` int[Q] is the
+    clip of each question (for the bootstrap)."""
     matches = metrics.exact_match(predictions, answers)
     per_question = {
         "exact_match": 100.0 * matches.per_item,
         "exact_match_normalised": 100.0 * matches.per_item_normalised,
         "wups": 100.0 * metrics.wups(predictions, answers).per_item,
     }
-    family = np.array(families)
+    family = np.array(families, dtype=object)
     return QuestionScores(
         **{name: float(values.mean()) for name, values in per_question.items()},
         intervals={
             name: metrics.bootstrap_interval(values, clusters=owner, seed=seed) for name, values in per_question.items()
         },
-        by_family={str(f): float(per_question["exact_match"][family == f].mean()) for f in sorted(set(families))},
+        by_family={
+            f: float(per_question["exact_match"][family == f].mean()) for f in sorted(filter(None, set(families)))
+        },
         predictions=predictions,
         questions=len(predictions),
         failed=failed,

@@ -63,7 +63,11 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
             captions=("Ein Bär läuft.", "two"),
             narrative="<Ball> rolls.",
             alt_text="nice",
-            questions=(Question(question="what?", answer="a ball", family="causal"),),
+            questions=(
+                Question(question="what?", answer="a ball", family="causal"),
+                Question(question="who?", answer="he", type="CW", references=("a man", "him"), key="7"),
+                Question(question="where?", answer="here", options=("here", "there", "here"), correct=2),
+            ),
             label="rolls",
             split="train",
             group="b",
@@ -74,6 +78,10 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.jsonl") == wanted
     first = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0])
     assert first == {"key": "a", "video": "videos/a.mp4"}
+    questions = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[1])["questions"]
+    assert questions[0] == {"question": "what?", "answer": "a ball", "family": "causal"}
+    assert questions[2] == {"question": "where?", "answer": "here", "options": ["here", "there", "here"], "correct": 2}
+    assert [question.answers for question in wanted[1].questions] == [("a ball",), ("he", "a man", "him"), ("here",)]
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
@@ -96,6 +104,19 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
         (
             '{"key": "b", "video": "b", "questions": [{"question": "q", "answer": "a", "family": "why"}]}',
             "family is 'why': expected one of .*temporal.*causal.*short",
+        ),
+        *(
+            (f'{{"key": "b", "video": "b", "questions": [{{"question": "q", "answer": "a", {more}}}]}}', message)
+            for more, message in (
+                ('"type": 3', "questions: type is 3: expected a string"),
+                ('"references": "a"', "questions: references is 'a': expected a list of strings"),
+                ('"options": ["a"]', "questions: correct is None: expected the index of the answer among 1 options"),
+                ('"options": ["b", "a"], "correct": 0', "correct is 0: expected the index of the answer among 2 opt"),
+                ('"options": ["b", "a"], "correct": 2', "correct is 2: expected the index"),
+                ('"options": ["b", "a"], "correct": true', "correct is True: expected the index"),
+                ('"correct": 0', "questions: correct is 0: expected the index of the answer among 0 options"),
+                ('"source": "x"', "questions is .*'source'.*: expected only answer, correct, family, key, options"),
+            )
         ),
         ('{"key": "a", "video": "b"}', "key 'a' stands on line 1 already"),
         ('{"key": "caf\udce9", "video": "b"}', "can't decode byte 0xe9"),

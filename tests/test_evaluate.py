@@ -228,6 +228,11 @@ def test_answers_are_scored_raw_and_normalised() -> None:
     assert set(scores.intervals) == {"exact_match", "exact_match_normalised", "wups"}
 
 
+def test_any_answer_of_a_question_is_right_and_families_may_be_unknown() -> None:
+    scores = score_answers(["him", "red"], [("a man", "him"), ("blue",)], [None, "short"], np.array([0, 1]))
+    assert (scores.exact_match, scores.by_family) == (50, {"short": 0})
+
+
 def test_records_without_questions_are_refused(vlm: VLM, tokenizer: WordTokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record has questions"):
         evaluate_questions(vlm, tokenizer, [Record(key="x", video=str(tmp_path / "x.mp4"))], clip=CLIP)
