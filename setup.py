@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=["pyvdl", "pyvdl.metrics", "pyvdl.models", "pyvdl.synthetic", "pyvdl.kernels"],
+    packages=["pyvdl", "pyvdl.datasets", "pyvdl.metrics", "pyvdl.models", "pyvdl.synthetic", "pyvdl.kernels"],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},
     package_data={"pyvdl": ["py.typed", "report.html.j2"]},
     install_requires=[

@@ -18,6 +18,10 @@ from pyvdl.commands import UsageError
 from pyvdl.config import PRESETS
 
 VIDEOS_HELP = "video, folder, manifest (.jsonl), or WebDataset tars ('clips/{00000..00099}.tar')"
+DATASETS = (  # names that pyvdl.datasets reads, which help must not import
+    "smit, vidln, videocc, internvid, webvid, msrvtt, msrvtt-1ka, msrvtt-qa, vatex, kinetics600, kinetics700,\n"
+    "activitynet-captions, activitynet-qa, nextqa-oe, nextqa-mc, ucf101"
+)
 DEMO_MODEL = Path("demo/language/model")  # what `make demo` leaves
 
 DESCRIPTION = """Adapt an image vision-language model to video, caption clips with it, train a video-text encoder on
@@ -26,7 +30,7 @@ the captions.
 try it:
   demo      the whole method on a small corpus made for it, with a report
 data:
-  probe     what is in video files, or what is wrong with them
+  probe     what is in video files or a data set, and what is wrong with them
   prepare   render a labelled corpus of real video files
   instruct  questions and answers from narratives
 the method:
@@ -113,10 +117,25 @@ def _parser() -> Parser:
         commands.probe,
         "Prints one row for each video: codec, size, frames a second, frames, duration, rotation, status. The status\n"
         "tells of the headers and the index of packets: ok does not mean that every frame's data can be decoded. Exit\n"
-        "code 1 where no video could be read.",
-        "pyvdl probe videos/ train.jsonl clip.mp4 --json",
+        "code 1 where no video could be read.\n\n"
+        "With --annotations and --videos PATH is the name of a data set: prints how many records, splits and texts\n"
+        "its annotation files give, which videos are missing, and three records; --out writes a manifest. Names:\n"
+        f"{DATASETS}.",
+        "pyvdl probe videos/ train.jsonl clip.mp4 --json\n"
+        "  pyvdl probe msrvtt --annotations MSRVTT_data.json --videos msrvtt/videos --split val --out val.jsonl",
     )
-    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=VIDEOS_HELP)
+    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=f"{VIDEOS_HELP}; or a data set")
+    p.add_argument("--annotations", nargs="+", type=Path, metavar="FILE", help="of the data set, as they are published")
+    p.add_argument("--videos", metavar="DIR", help="where the data set's videos are: folder or URL")
+    p.add_argument("--split", help="only this one: train, val or test")
+    p.add_argument(
+        "--names",
+        metavar="PATTERN",
+        help="how the videos are named below --videos, such as '{youtube_id}.mp4' or '{youtube_id}.*'; the README's\n"
+        "table has what each data set takes by itself",
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the data set's records as a manifest")
+    p.add_argument("--skip-missing", action="store_true", help="without those whose video is missing")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     p.add_argument("--versions", action="store_true", help="only print the versions of pyvdl, jax and FFmpeg")
 

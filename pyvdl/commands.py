@@ -34,8 +34,17 @@ def probe(arguments: argparse.Namespace) -> int:
         for name, version in _versions().items():
             print(f"{name:<24} {version}")
         return 0
+    if arguments.annotations or arguments.videos is not None:
+        return _probe_dataset(arguments)
     if not arguments.paths:
-        raise UsageError("name at least one video, folder or manifest, or ask for --versions")
+        raise UsageError("name at least one video, folder, manifest or data set, or ask for --versions")
+    from pyvdl.datasets import READERS
+
+    if given := [f"--{name}" for name in ("split", "names", "out", "skip_missing") if getattr(arguments, name)]:
+        raise UsageError(f"{given[0].replace('_', '-')} goes with a data set and its --annotations and --videos")
+    for path in arguments.paths:
+        if str(path) in READERS and not path.exists():
+            raise UsageError(f"{path} is a data set: name its files with --annotations, their folder with --videos")
     from pyvdl.video import DecodeError, VideoDecoder
 
     rows = []
@@ -67,6 +76,47 @@ def probe(arguments: argparse.Namespace) -> int:
         )
     if not any(row["status"] == "ok" for row in rows):
         raise ValueError(f"none of the {len(rows)} videos named could be read")
+    return 0
+
+
+def _probe_dataset(arguments: argparse.Namespace) -> int:
+    """What a data set holds, from its annotation files; with --out as a manifest too."""
+    from collections import deque
+
+    from pyvdl.data import write_manifest
+    from pyvdl.datasets import READERS, Survey, read
+
+    name = str(arguments.paths[0]) if len(arguments.paths) == 1 else None
+    if name not in READERS:
+        raise UsageError(f"--annotations and --videos go with one data set: {', '.join(READERS)}")
+    if not arguments.annotations or arguments.videos is None:
+        raise UsageError(f"{name} needs --annotations, its files, and --videos, the folder of its videos")
+    if arguments.skip_missing and arguments.out is None:
+        raise UsageError("--skip-missing goes with --out")
+    survey = Survey()
+    skipped: list[str] = []
+    records = survey.watch(
+        read(
+            name,
+            arguments.annotations,
+            arguments.videos,
+            split=arguments.split,
+            names=arguments.names,
+            on_skip=skipped.append,
+        ),
+        skip_missing=arguments.skip_missing,
+    )
+    if arguments.out is None:
+        deque(records, maxlen=0)
+    else:
+        _make_way(arguments.out)
+        write_manifest(arguments.out, records)
+    print(json.dumps(survey.counts() | {"skipped": len(skipped)}) if arguments.json else survey.describe())
+    if skipped:
+        print(f"{len(skipped)} annotations left out, the first is {skipped[0]}", file=sys.stderr)
+    if arguments.out is not None and not arguments.json:
+        left = survey.absent if arguments.skip_missing else 0
+        print(f"\n{arguments.out}: {survey.records - left} records, {left} left out for want of their video")
     return 0
 
 

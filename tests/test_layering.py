@@ -21,6 +21,7 @@ FORBIDDEN = {
     "pyvdl.models": {"pyvdl.data", "pyvdl.train", "pyvdl.video", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.generate": {"pyvdl.data", "pyvdl.train", "pyvdl.video"},
     "pyvdl.archives": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption"},
+    "pyvdl.datasets": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvdl.__main__ import _parser
+from pyvdl.datasets import READERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +50,12 @@ def test_tree_names_every_source_and_nothing_else() -> None:
 def test_every_verb_is_in_the_table() -> None:
     verbs = next(action.choices for action in _parser()._actions if action.dest == "verb")
     assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == sorted(verbs or ())
+
+
+def test_every_data_set_is_in_the_table() -> None:
+    section = README.partition("\n## Data sets\n")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| [^|`]+ \| ([^|]+) \|", section, re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", " ".join(names)) == list(READERS)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^(pyvdl .*)$", "\n".join(blocks("sh")), re.MULTILINE))
