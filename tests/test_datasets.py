@@ -302,6 +302,7 @@ def test_names_of_files_are_a_pattern(tmp_path: Path) -> None:
         ("{id}.mp4", r"names '\{id\}\.mp4' has 'id': expected of end, label, split, start, youtube_id"),
         ("{youtube_id.mp4", r"names '\{youtube_id\.mp4': expected '\}'"),
         ("{youtube_id:d}.mp4", r"names .*: Unknown format code 'd'"),
+        ("{label.upper}.mp4", r"names .* has 'label\.upper': expected of"),
         ("{}.mp4", r"names '\{\}\.mp4' has '': expected of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -18,10 +18,7 @@ from pyvdl.sources import VIDEO_SUFFIXES, is_url
 
 type OnSkip = Callable[[str], Any] | None  # hears of an annotation that gives no clip: where it stands, and why
 
-_SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val", "validation": "val"} | {
-    "test": "test",
-    "testing": "test",
-}
+_SPLITS = {"training": "train", "validate": "val", "validation": "val", "testing": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train(?:ing)?|val(?:idate|idation)?|test(?:ing)?)(?=list|set|[^a-z]|$)")
 
 
@@ -187,8 +184,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def split_name(name: str) -> str:
-    """One of "train", "val", "test" for the ways to write them; others stay as they are."""
-    return _SPLITS.get(name.lower(), name)
+    """ "train", "val" or "test" for the ways to write them; others only become lower case."""
+    return _SPLITS.get(name.lower(), name.lower())
 
 
 def split_of(path: Path) -> str | None:
@@ -230,7 +227,7 @@ class Names:
             parts = list(string.Formatter().parse(pattern))
         except ValueError as error:
             raise ValueError(f"names {pattern!r}: {error}") from error
-        self.fields = {re.split(r"[.\[]", name)[0] for _, name, _, _ in parts if name is not None}
+        self.fields = {name for _, name, _, _ in parts if name is not None}
         known = sorted(fields)
         if unknown := sorted(self.fields - set(known)):
             raise ValueError(f"names {pattern!r} has {unknown[0]!r}: expected of {', '.join(known)}")
