@@ -165,14 +165,15 @@ def parse_record(found: Mapping[str, Any], folder: str | os.PathLike[str]) -> Re
 def _parse_question(found: dict[str, Any]) -> Question:
     for name in ("question", "answer"):
         _check(f"questions: {name}", found.get(name), isinstance(found.get(name), str), "a string")
-    family = found.get("family")
-    _check("questions: family", family, family in (None, *get_args(Family)), f"one of {get_args(Family)} or null")
+    if (family := found.get("family")) is not None:
+        _check("questions: family", family, family in get_args(Family), f"one of {get_args(Family)} or null")
     for name in ("type", "key"):
-        _check(f"questions: {name}", found.get(name), isinstance(found.get(name, ""), str | None), "a string")
-    lists = {name: found.get(name) or [] for name in ("references", "options")}
+        if (text := found.get(name)) is not None:
+            _check(f"questions: {name}", text, isinstance(text, str), "a string")
+    lists = {name: found[name] or [] for name in ("references", "options") if name in found}
     for name, value in lists.items():
         _check(f"questions: {name}", value, _is_list_of(value, str), "a list of strings")
-    options, correct = lists["options"], found.get("correct")
+    options, correct = lists.get("options", []), found.get("correct")
     if options or correct is not None:
         good = type(correct) is int and 0 <= correct < len(options) and options[correct] == found["answer"]
         _check("questions: correct", correct, good, f"the index of the answer among {len(options)} options")
