@@ -389,6 +389,8 @@ def estimate_steps(wanted: re.Pattern[str]) -> list[dict[str, Any]]:
         rows.append({"bench": "step-v5e", "case": name, "nothing_measured": True, **asdict(found)})
         if found.broken:
             print(f"step on TPU v5e, {name}: INVALID: {'; '.join(found.broken)}")
+        if found.uncounted:
+            print(f"step on TPU v5e, {name}: without an estimate, not counted: {', '.join(found.uncounted)}")
     print(f"\n{format_table(table)}")
     print("Pallas kernels by libtpu's simulator, all else by XLA's own estimates of its fusions.")
     return rows

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pyvdl.hlo import UnreadableError, scheduled
+from pyvdl.hlo import UnreadableError, result_sizes, scheduled
 
 
 class EstimateError(RuntimeError):
@@ -45,6 +45,21 @@ def instructions(hlo: str) -> list[Instruction]:
     except UnreadableError as error:
         raise EstimateError(str(error)) from error
     return rows
+
+
+NO_WORK = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "custom-call", "while")
+
+
+def uncounted(hlo: str, simulated: Collection[str]) -> list[str]:
+    """Instructions that give a mebibyte or more and have no estimate: what they take is missing in the sum."""
+    found = []
+    for label, opcode, line, trips in scheduled(hlo):
+        size = max(result_sizes(line), default=0)
+        none = not re.search(r'"?estimated_cycles"?:"?\d', line) and label not in simulated
+        if none and size >= 1 << 20 and opcode not in NO_WORK and not opcode.endswith(("-start", "-done")):
+            times = f", {trips} times" if trips != 1 else ""
+            found.append(f"{label} ({size / 2**20:.0f} MiB{times})")
+    return found
 
 
 EUP = ("vexp2", "vpow2", "vrcp", "vlog2", "vrsqrt", "vtanh", "verf", "vsin", "vcos", "vsigshft")

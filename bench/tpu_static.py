@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bench.common import ROOT
-from bench.tpu_dumps import EstimateError, Simulated, executed, instructions, pallas_names, profile
+from bench.tpu_dumps import EstimateError, Simulated, executed, instructions, pallas_names, profile, uncounted
 from pyvdl.plan import compiler_environment, reason_of
 
 type Mode = Literal["simulate", "model", "compile"]
@@ -158,6 +158,7 @@ class Estimate:
     temporary_bytes: int  # of HBM
     compile_seconds: float
     broken: tuple[str, ...]  # invariants that do not hold: where there is one, the numbers are not to be used
+    uncounted: tuple[str, ...]  # instructions of some size that have no estimate: the sum lacks them
 
     @property
     def of_floor(self) -> float:
@@ -418,6 +419,7 @@ def read(
         temporary_bytes=facts["temporary_bytes"],
         compile_seconds=facts["compile_seconds"],
         broken=tuple(broken),
+        uncounted=tuple(uncounted(hlo, simulated.keys())) if mode != "compile" else (),
     )
 
 

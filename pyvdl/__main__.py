@@ -216,10 +216,16 @@ def _parser() -> Parser:
         "plan",
         commands.plan,
         "Compiles a recipe's training step for a TPU slice that is not there, and prints what it needs: memory of a\n"
-        "chip by kind, exchanges, bounds of a step's time, chip-hours. Nothing is measured; libtpu is needed.",
+        "chip by kind, exchanges, bounds of a step's time, chip-hours. Nothing is measured; libtpu is needed. Hosts\n"
+        "caption by themselves: a batch of captions is compiled for the chips of one host, clips and hours are told\n"
+        "for all. Its settings: clips (of the job), batch_size, num_samples, max_length, fsdp, tensor, param_dtype.",
         "pyvdl plan train --topology v5e:8x16",
     )
-    p.add_argument("recipe", choices=("visual", "language", "train"), help="stage of the VLM, or the dual encoder")
+    p.add_argument(
+        "recipe",
+        choices=("visual", "language", "train", "caption"),
+        help="stage of the VLM, the dual encoder, or captions of the VLM",
+    )
     p.add_argument("--topology", default="v5e:8x16", metavar="CHIP:AxB", help="v5e, v5p or v6e (default: v5e:8x16)")
     p.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="sizes (default: paper)")
     p.add_argument(

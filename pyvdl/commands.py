@@ -227,7 +227,8 @@ def plan(arguments: argparse.Namespace) -> int:
     request = planning.Request(arguments.recipe, arguments.preset, arguments.topology, tuple(arguments.set))
     found = planning.plan(request)
     if arguments.json:
-        facts = dataclasses.asdict(found) | {"fits": found.fits, "step_seconds": found.step_seconds}
+        facts = dataclasses.asdict(found) | {"chips": found.chips, "fits": found.fits}
+        facts |= {"step_seconds": found.step_seconds}
         print(json.dumps(facts | {"total_bytes": found.memory.total, "advice": found.advice()}))
     else:
         print(planning.describe(found))

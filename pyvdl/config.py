@@ -282,6 +282,22 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """How a large captioning job runs on each host's devices, as `pyvdl plan caption` asks for it."""
+
+    clips: int = 1_000_000  # of the whole job
+    batch_size: int = 8  # clips at a time on the devices of a host
+    num_samples: int = 10  # captions of a clip; with max_length as LaViLa's narrator has them
+    max_length: int = 77  # tokens of a caption
+    fsdp: int = 1  # devices of a host that parameters and clips are both split over
+    tensor: int = 1  # devices of a host that matrices and attention heads are split over
+    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of parameters as they are kept
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "clips", "batch_size", "num_samples", "max_length", "fsdp", "tensor")
+
+
 def _at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
@@ -316,10 +332,10 @@ class _NewModel:
     model: Any
 
 
-def override_training[M: (VLMConfig, DualEncoderConfig)](
-    config: TrainConfig, model: M, assignments: Iterable[str]
-) -> tuple[TrainConfig, M]:
-    """Applies the assignments of a training: those of `model.path.to.field` to a new model, the others to the run."""
+def override_training[R: (TrainConfig, CaptionConfig), M: (VLMConfig, DualEncoderConfig)](
+    config: R, model: M, assignments: Iterable[str]
+) -> tuple[R, M]:
+    """Applies the assignments of a run: those of `model.path.to.field` to a new model, the others to the run."""
     changes = list(assignments)
     for change in changes:
         name = change.partition("=")[0].strip()
@@ -401,7 +417,7 @@ class Preset:
     target_length: int  # tokens, of the longest answer: a detailed description
 
 
-def paper(vocab_size: int) -> Preset:
+def paper(vocab_size: int = 32_128) -> Preset:
     """The figures of the paper; sections and tables named where they stand. For accelerators."""
     adafactor = OptimConfig(
         name="adafactor", peak_learning_rate=1e-4, warmup_steps=1000, schedule="inverse_sqrt", b1=0.0
@@ -432,7 +448,7 @@ def paper(vocab_size: int) -> Preset:
     )
 
 
-def paper_sgd(vocab_size: int) -> Preset:
+def paper_sgd(vocab_size: int = 32_128) -> Preset:
     """The paper's other recipe of the dual encoder (Table 4): SGD with momentum for 100 epochs."""
     preset = paper(vocab_size)
     sgd = OptimConfig(name="sgd", peak_learning_rate=1e-3, warmup_steps=5000, schedule="cosine", b1=0.9)
@@ -440,7 +456,15 @@ def paper_sgd(vocab_size: int) -> Preset:
     return dataclasses.replace(preset, contrastive=dataclasses.replace(preset.contrastive, steps=steps, optim=sgd))
 
 
-def toy(vocab_size: int) -> Preset:
+def paligemma(vocab_size: int = 257_216) -> Preset:
+    """The paper's method with PaliGemma 3B (SigLIP So400m and Gemma 2B) for the unpublished PaLI-3."""
+    vision = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
+    return dataclasses.replace(
+        paper(vocab_size), vlm=VLMConfig(vision=vision, language=GemmaConfig(vocab_size=vocab_size))
+    )
+
+
+def toy(vocab_size: int = 32_128) -> Preset:
     """The same method at a size that trains in seconds on two cores: for trials and tests, not for scores."""
     adafactor = OptimConfig(name="adafactor", peak_learning_rate=1e-3, warmup_steps=20)
     adamw = OptimConfig(name="adamw", peak_learning_rate=1e-3, warmup_steps=10, schedule="cosine", b1=0.9)
@@ -480,7 +504,7 @@ def toy(vocab_size: int) -> Preset:
     )
 
 
-def demo(vocab_size: int) -> Preset:
+def demo(vocab_size: int = 32_128) -> Preset:
     """What `pyvdl demo` trains: the whole method in minutes on two CPU cores, so float32 and 4 frames of 64 x 64."""
     vision = ViTConfig(image_size=64, patch_size=16, width=128, depth=2, num_heads=4, mlp_dim=384, dtype="float32")
     clip = ClipConfig(num_frames=4, sampling="uniform", short_side=68, size=64, crop="random")
@@ -540,4 +564,10 @@ def demo(vocab_size: int) -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[int], Preset]] = {"toy": toy, "demo": demo, "paper": paper, "paper-sgd": paper_sgd}
+PRESETS: dict[str, Callable[..., Preset]] = {
+    "toy": toy,
+    "demo": demo,
+    "paper": paper,
+    "paper-sgd": paper_sgd,
+    "paligemma": paligemma,
+}

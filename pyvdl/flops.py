@@ -61,3 +61,15 @@ def vlm_flops(config: VLMConfig, prompt: int, target: int) -> float:
         return vision_flops(config) + t5_flops(language, tokens, target)
     head = 2.0 * target * language.width * language.vocab_size
     return vision_flops(config) + gemma_flops(language, tokens + target) + head
+
+
+def caption_flops(config: VLMConfig, prompt: int, samples: int, length: int) -> float:
+    """Of one clip and `samples` texts of `length` tokens over its shared prefix."""
+    language, tokens = config.language, config.num_frames * config.vision.num_patches + config.soft_prompt + prompt
+    if isinstance(language, T5Config):
+        prefix = t5_flops(language, tokens, 0)
+        return vision_flops(config) + prefix + samples * (t5_flops(language, tokens, length) - prefix)
+    attention = 4.0 * language.depth * length * (tokens + length) * language.num_heads * language.head_dim
+    own = gemma_flops(language, length) - 4.0 * language.depth * length**2 * language.num_heads * language.head_dim
+    head = 2.0 * length * language.width * language.vocab_size
+    return vision_flops(config) + gemma_flops(language, tokens) + samples * (own + attention + head)

@@ -89,7 +89,7 @@ def collectives(text: str) -> list[Collective]:
             if channel[1] in seen:
                 continue
             seen.add(channel[1])
-        sizes = _sizes(line)
+        sizes = result_sizes(line)
         # What begins an exchange gives what went in, too.
         size = max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
         count = _group(line)
@@ -118,7 +118,7 @@ def _group(line: str) -> int:
     return 2 if "source_target_pairs" in line else 1
 
 
-def _sizes(line: str) -> list[int]:
+def result_sizes(line: str) -> list[int]:
     """Bytes of the arrays that an instruction gives."""
     match = OPCODE.match(line)
     assert match is not None
@@ -137,11 +137,18 @@ def _callee(line: str, attribute: str) -> str:
 
 
 def _trip_count(found: Mapping[str, Sequence[str]], line: str) -> int | None:
-    """Told by XLA, or read from the condition `i < constant`, which scans and fori_loops from 0 have."""
+    """Told by XLA, or read from the condition `i < constant`, which scans and fori_loops from 0 have.
+
+    Where more must hold, as in a loop over tokens that ends when all texts have ended, it is what it runs at most.
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known.group(1))
     text = " ".join(found.get(_callee(line, "condition"), ()))
     for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text):
         text += " " + " ".join(found.get(name, ()))
-    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-    return int(constants[0]) if len(constants) == 1 and "direction=LT" in text else None
+    constants = dict(re.findall(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", text))
+    limits = re.findall(r" compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", text)
+    compared = [constants[limit] for limit in limits if limit in constants]
+    # What is compared inside of a fusion has another name there.
+    told = compared or (list(constants.values()) if limits else [])
+    return int(told[0]) if len(told) == 1 else None

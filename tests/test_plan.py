@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from pyvdl import hlo, plan
 from pyvdl.__main__ import main
 from pyvdl.config import TrainConfig
-from pyvdl.plan import Memory, Plan, PlanError, Request, parse_topology, suitable_mesh
+from pyvdl.plan import Memory, Plan, PlanError, Request, captioning_tensor, parse_topology, suitable_mesh
 
 PROGRAM = """\
 HloModule jit_step
@@ -76,16 +77,40 @@ def test_the_mesh_suits_batch_and_state(batch: int, chips: int, gibibytes: int, 
     assert suitable_mesh(run, chips, gibibytes << 30, 16 << 30) == wanted
 
 
+def test_captions_split_a_model_no_more_than_it_needs() -> None:
+    assert [captioning_tensor(4, size << 30, 16 << 30) for size in (6, 10, 40, 100)] == [1, 2, 4, 4]  # of half of 16
+
+
+@pytest.mark.parametrize(
+    ("condition", "trips"),
+    [
+        ("%c = s32[] constant(3)\n  ROOT %less = pred[] compare(%i, %c), direction=LT", 3),
+        ("%c = u32[] constant(3)\n  ROOT %less = pred[] compare(%i, %c), direction=LT", 3),  # of XLA's own loops
+        (  # over tokens: at most
+            "%c = s32[] constant(3)\n  %one = s32[] constant(1)\n  %next = s32[] add(%i, %one)\n"
+            "  %less = pred[] compare(%next, %c), direction=LT\n  ROOT %and = pred[] and(%less, %going)",
+            3,
+        ),
+        ("%c = s32[] constant(3)\n  ROOT %less = pred[] compare(%i, %c), direction=NE", None),
+        ("ROOT %less = pred[] compare(%i, %c), direction=LT", None),
+    ],
+)
+def test_trips_of_loops_are_read_from_their_conditions(condition: str, trips: int | None) -> None:
+    text = PROGRAM.replace("%c = s32[] constant(3)\n  ROOT %less = pred[] compare(%i, %c), direction=LT", condition)
+    found = {label: count for label, _, _, count in hlo.scheduled(text)}
+    assert found.get("loop", found["reduce.1"]) == trips
+
+
 def planned(**changes: int) -> Plan:
-    memory = dataclasses.replace(Memory(1 << 30, 0, 2 << 30, 1 << 20, 4 << 30), **changes)
+    parts = {"parameters": 1 << 30, "optimizer": 2 << 30, "batch": 1 << 20, "temporaries": 4 << 30}
     return Plan(
         request=Request("train", "paper", "v5e:8x16"),
-        chips=128,
-        hosts=16,
         mesh={"data": 64, "fsdp": 2, "tensor": 1},
+        copies=1,
+        hosts=16,
         batch_size=1024,
         steps=3600,
-        memory=memory,
+        memory=Memory(**parts | changes),
         flops=1e15,
         bounds={"MXU": 0.5, "interconnect": 1.0},
         collectives={"all-gather": 2e6},
@@ -100,7 +125,9 @@ def test_what_fits_and_what_would_make_it_fit() -> None:
     assert "1000.0 ms at least, bound by interconnect" in text
     assert "3600 steps: 1.0 hours, 128 chip-hours" in text
     assert "37 decoding cores on each of 16 hosts" in text
-    large = plan.describe(planned(temporaries=14 << 30, optimizer=9 << 30))
+    large = plan.describe(planned(activations=9 << 30, gradients=1 << 30, optimizer=9 << 30))
+    assert "activations, at the peak (estimate)       9.00 GiB a chip" in large
+    assert "gradients, at the peak (estimate)         1.00 GiB a chip" in large
     assert "DOES NOT FIT" in large
     advice = [line for line in large.splitlines() if "to make it fit" in line]
     assert [line.split()[4:6] for line in advice[:3]] == [
@@ -108,6 +135,25 @@ def test_what_fits_and_what_would_make_it_fit() -> None:
         ["--set", "accumulate=2"],
         ["--set", "fsdp=4"],
     ]
+
+
+def test_captions_are_told_of_all_hosts() -> None:
+    """Two chips of each host take a batch of 8 in a second."""
+    found = dataclasses.replace(
+        planned(parameters=0, optimizer=0, frozen=5 << 30, caches=3 << 30),
+        request=Request("caption", "paper", "v5e:8x16"),
+        mesh={"data": 2, "fsdp": 1, "tensor": 2},
+        copies=32,
+        hosts=32,
+        batch_size=8,
+    )
+    text = plan.describe(found)
+    assert "128 chips, each of 32 hosts: data 2 x fsdp 1 x tensor 2" in text
+    assert "keys and values                           3.00 GiB a chip" in text
+    assert "256 clips a second: 5 decoding cores on each of 32 hosts" in text
+    assert "3600 batches on each host: 1.0 hours, 128 chip-hours" in text
+    large = dataclasses.replace(found, memory=dataclasses.replace(found.memory, caches=9 << 30))
+    assert large.advice()[0] == "--set batch_size=4: fewer clips at a time"
 
 
 def test_topologies_are_checked() -> None:
@@ -125,8 +171,27 @@ def test_a_recipe_is_compiled_for_a_slice(capsys: pytest.CaptureFixture[str]) ->
     assert found["fits"]
     memory = found["memory"]
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)  # AdamW
-    assert memory["temporaries"] > 0
+    assert min(memory["activations"] + memory["gradients"], memory["temporaries"]) > 0
     assert {"all-reduce", "collective-permute"} <= found["collectives"].keys()  # gradients, the loss's ring
     # Inside an error of libtpu's process, what it says reaches the user.
     with pytest.raises(PlanError, match="batch_size = 8 in 1 parts does not divide over 16 shares"):
         plan.plan(Request("train", "toy", "v5e:4x4", ("fsdp=16",)))
+
+
+def test_captions_are_compiled_for_one_host(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["num_samples=3", "max_length=5", "clips=96", "model.vision.depth=1", "model.language.decoder_layers=1"]
+    command = ["plan", "caption", "--preset", "toy", "--topology", "v5e:4x4", "--json"]
+    assert main([*command, *(word for setting in settings for word in ("--set", setting))]) == 0
+    found = json.loads(capsys.readouterr().out)
+    chips = math.prod(found["mesh"].values())
+    assert found["copies"] == found["hosts"] == 16 // chips
+    assert found["chips"] == 16
+    assert found["steps"] == 96 // (8 * found["hosts"])
+    clips = 8 / chips
+    heads, tokens = 2 * 32, 4 * 16 + 32  # numbers of a key; of a prefix
+    keys_and_values = clips * 2 * 4 * heads * (tokens + 3 * 5)
+    assert found["memory"]["caches"] == pytest.approx(keys_and_values, rel=0.01)
+    assert found["memory"]["parameters"] == 0
+    assert found["bounds"]["compiler"] > 0
+    with pytest.raises(PlanError, match="batch_size = 6 does not divide over 4 shares"):
+        plan.plan(Request("caption", "toy", "v5e:2x2", ("batch_size=6",)))

@@ -91,6 +91,17 @@ def test_a_loop_of_unknown_length_is_told() -> None:
     assert Instruction("while.1", "while of unknown trip count", None, 1, 0) in tpu_dumps.instructions(unknown)
 
 
+def test_a_loop_of_the_compiler_itself_is_counted_by_its_trips() -> None:
+    """A large reshape becomes a loop with an unsigned counter, and what is in it may have no estimate."""
+    own = HLO.replace("%n = s32[]{:T(128)} constant(5)", "%n = u32[]{:T(128)} constant(128)")
+    assert Instruction("fusion.1", "fusion", 100, 128, 0) in tpu_dumps.instructions(own)
+    line = "  %shape.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} reshape(%fusion.1)\n"
+    own = own.replace("  ROOT %t =", f"{line}  ROOT %t =")
+    assert tpu_dumps.uncounted(own, ()) == ["shape.1 (2 MiB, 128 times)"]
+    assert tpu_dumps.uncounted(own, ("shape.1",)) == []
+    assert tpu_dumps.uncounted(HLO, ()) == []
+
+
 def test_executed_instructions_are_counted_by_slot() -> None:
     counts = tpu_dumps.executed(BUNDLES.splitlines())
     slots = {"VLD": 1, "MATPUSH": 1, "MATMUL": 1, "EUP": 1, "XLU": 1, "VALU": 1, "VPOP": 1, "VST": 1}
@@ -235,7 +246,7 @@ def test_tuning_traces_the_whole_program_under_its_settings(monkeypatch: pytest.
 
 def test_a_search_tries_every_combination_and_puts_the_fastest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tpu_static.Estimate(
-        "", "v5e", "simulate", 200.0, 2e-6, 1e-6, 0.0, 0.5, None, {}, None, {}, 2**20, 0, 1.0, ()
+        "", "v5e", "simulate", 200.0, 2e-6, 1e-6, 0.0, 0.5, None, {}, None, {}, 2**20, 0, 1.0, (), ()
     )
 
     def estimate(spec: str, chip: str, *, memory: bool) -> tpu_static.Estimate:

@@ -1,0 +1,292 @@
+"""Compiles a training step, or a batch of captions, for a TPU slice that is only described, and tells what is in it.
+
+`python -m pyvdl.aot REQUEST` is the process that `pyvdl.plan` starts: libtpu reads its environment when it is loaded.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from pyvdl import hlo, liveness, train
+from pyvdl.config import CaptionConfig, GemmaConfig, TrainConfig, ViTConfig, VLMConfig
+from pyvdl.flops import caption_flops, dual_encoder_flops, vision_flops, vlm_flops
+from pyvdl.generate import bucket, generate
+from pyvdl.models import VLM, DualEncoder
+from pyvdl.optim import make_optimizer
+from pyvdl.plan import CHIPS, Chip, Request, captioning_tensor, parse_topology, resolve, suitable_mesh
+from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
+from pyvdl.step import State, make_step, shardings, split
+
+KERNEL_SHARE = 0.95  # of their floor that the attention kernels reach by the simulator, `python -m bench.tpu_aot`
+CAPTION_TOP_P = 0.95  # the command line's: the nucleus is sorted out whatever its size
+
+
+def training(request: Request) -> dict[str, Any]:
+    """The whole step, sharded over the slice as `pyvdl.train.fit` shards it -> fields of a Plan."""
+    shape, run, sizes = resolve(request)
+    assert isinstance(run, TrainConfig)
+    chip, devices = _described(request)
+    make: Any = DualEncoder if request.recipe == "train" else VLM
+    model = nnx.eval_shape(lambda: make(shape, rngs=nnx.Rngs(0)))
+    graph, params, frozen, rest = split(model, run.trainable)
+    params, frozen = (_typed(tree, run.param_dtype) for tree in (params, frozen))
+    opt_state = jax.eval_shape(make_optimizer(run.optim, run.steps).init, params)
+    state = State(params, opt_state, rest, frozen)
+    if not _mesh_is_set(request):
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, params)))
+        fsdp, tensor = suitable_mesh(run, len(devices), whole, chip.hbm_bytes)
+        run = dataclasses.replace(run, fsdp=fsdp, tensor=tensor)
+    mesh = make_mesh(run.fsdp, run.tensor, devices=devices)
+    rows = _rows(mesh)
+    if run.batch_size // run.accumulate % rows:
+        raise ValueError(
+            f"batch_size = {run.batch_size} in {run.accumulate} parts does not divide over {rows} shares: "
+            "set fsdp and tensor, or another batch_size"
+        )
+    placed = jax.tree.map(_placed, state, shardings(state, mesh))
+    frames = shape.vision.num_frames if request.recipe == "train" else shape.num_frames
+    size, batch = shape.vision.image_size, run.batch_size
+    arrays = {"video": ((batch, frames, size, size, 3), np.uint8), "ok": ((batch,), np.bool_)}
+    if request.recipe == "train":
+        arrays |= {"text": ((batch, shape.text.context_length), np.int32), "group": ((batch,), np.int32)}
+        loss: Any = train.contrastive_loss_fn
+        flops = 3 * dual_encoder_flops(shape, batch)
+    else:
+        prompt = sizes.prompt_length
+        target = sizes.caption_length if request.recipe == "visual" else sizes.target_length
+        arrays |= {"prompt": ((batch, prompt), np.int32), "target": ((batch, target), np.int32)}
+        loss = train.vlm_loss
+        seen = vision_flops(shape)
+        heard = vlm_flops(shape, prompt, target) - seen
+        # Backward there are as many again for the inputs and for the weights. A frozen language model in front of a
+        # trained tower needs the former only, a frozen tower neither.
+        flops = batch * (3 * seen + 2 * heard if request.recipe == "visual" else seen + 3 * heard)
+    data = _data(arrays, mesh)
+    step = make_step(graph, loss, run, mesh)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*placed, data).compile()
+    seconds = time.perf_counter() - start
+    text, temporaries = _facts(compiled)
+    alive = liveness.at_peak(text)
+    activations = min(alive.activations, temporaries)
+    gradients = min(alive.gradients, temporaries - activations)
+    trained = _on_a_chip(placed.params)
+    state_bytes = trained + _on_a_chip(placed.frozen) + 2 * _on_a_chip(placed.opt_state)
+    return {
+        "mesh": dict(mesh.shape),
+        "copies": 1,
+        "hosts": _hosts(devices),
+        "batch_size": batch,
+        "steps": run.steps,
+        "memory": {
+            "parameters": trained,
+            "frozen": _on_a_chip(placed.frozen),
+            "optimizer": _on_a_chip(placed.opt_state),
+            "batch": _on_a_chip(data),
+            "activations": activations,
+            "gradients": gradients,
+            "temporaries": temporaries - activations - gradients,
+        },
+        "flops": flops,
+        "compile_seconds": seconds,
+        **_bounds(text, flops, state_bytes + 2 * trained, chip, mesh, shape.vision),
+    }
+
+
+def captions(request: Request) -> dict[str, Any]:
+    """A batch of captions on the chips of one host: hosts caption by themselves -> fields of a Plan."""
+    shape, run, sizes = resolve(request)
+    assert isinstance(run, CaptionConfig)
+    chip, every = _described(request)
+    hosts = _hosts(every)
+    # The compiler takes whole slices only.
+    devices = every if hosts == 1 else topologies.get_topology_desc(platform="tpu", topology_name=chip.host).devices
+    graph, state = nnx.split(nnx.eval_shape(lambda: VLM(shape, rngs=nnx.Rngs(0))))
+    state = _typed(state, run.param_dtype)
+    if not _mesh_is_set(request):
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        run = dataclasses.replace(run, tensor=captioning_tensor(len(devices), whole, chip.hbm_bytes))
+    mesh = make_mesh(run.fsdp, run.tensor, devices=devices)
+    batch, size, rows = run.batch_size, shape.vision.image_size, _rows(mesh)
+    if batch % rows:
+        raise ValueError(f"batch_size = {batch} does not divide over {rows} shares: set a multiple, or tensor")
+    prompt = bucket(sizes.prompt_length)
+    arrays = {"video": ((batch, shape.num_frames, size, size, 3), np.uint8), "prompt": ((batch, prompt), np.int32)}
+    data = _data(arrays | {"seeds": ((batch,), np.uint32)}, mesh)
+    placed = jax.tree.map(_placed, state, tree_shardings(state, mesh))
+
+    def caption(state: Any, batch: Any) -> Any:
+        return generate(
+            nnx.merge(graph, state),
+            batch["video"],
+            batch["prompt"],
+            seeds=batch["seeds"],
+            num_samples=run.num_samples,
+            max_length=run.max_length,
+            top_p=CAPTION_TOP_P,
+        )
+
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(caption).lower(placed, data).compile()
+    seconds = time.perf_counter() - start
+    text, temporaries = _facts(compiled)
+    prefix, suffix = _caches(graph, state, shape, run, mesh, prompt)
+    read = _on_a_chip(placed) + run.max_length * (_read_for_a_token(placed, shape) + prefix + suffix // 2)
+    flops = batch * caption_flops(shape, prompt, run.num_samples, run.max_length)
+    return {
+        "mesh": dict(mesh.shape),
+        "copies": hosts,
+        "hosts": hosts,
+        "batch_size": batch,
+        "steps": -(-run.clips // (batch * hosts)),
+        "memory": {
+            "frozen": _on_a_chip(placed),
+            "batch": _on_a_chip(data),
+            "caches": prefix + suffix,
+            "temporaries": max(temporaries - prefix - suffix, 0),
+        },
+        "flops": flops,
+        "compile_seconds": seconds,
+        **_bounds(text, flops, read, chip, mesh, shape.vision),
+    }
+
+
+def _caches(graph: Any, state: Any, shape: VLMConfig, run: CaptionConfig, mesh: Mesh, prompt: int) -> tuple[int, int]:
+    """Bytes on a chip of the keys and values of the prefixes, and of the captions' own tokens."""
+    language = shape.language
+    tokens = shape.num_frames * shape.vision.num_patches + shape.soft_prompt + prompt
+    prefix = jax.ShapeDtypeStruct((run.batch_size, tokens, language.width), jnp.dtype(language.dtype))
+    mask = jax.ShapeDtypeStruct(prefix.shape[:2], jnp.bool_)
+
+    def start(state: Any, prefix: Any, mask: Any) -> Any:
+        return nnx.merge(graph, state).language.start(prefix, mask, run.num_samples, run.max_length)[1]
+
+    cache = jax.eval_shape(start, state, prefix, mask)
+    heads = language.num_kv_heads if isinstance(language, GemmaConfig) else language.num_heads
+    split = mesh.shape[TENSOR_AXIS] if heads % mesh.shape[TENSOR_AXIS] == 0 else 1
+    own = cache.keys.size * cache.keys.dtype.itemsize * 2
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return (whole - own) // _rows(mesh) // split, own // _rows(mesh) // split
+
+
+def _read_for_a_token(placed: Any, shape: VLMConfig) -> int:
+    """Bytes of the parameters on a chip that one more token of every caption needs: the decoder with its head."""
+    language = placed["language"]
+    if isinstance(shape.language, GemmaConfig):
+        return _on_a_chip(language)  # the head is the embedding
+    return sum(_on_a_chip(language[name]) for name in ("decoder", "decoder_norm", "head"))
+
+
+def _described(request: Request) -> tuple[Chip, Sequence[Any]]:
+    name, _ = parse_topology(request.topology)
+    return CHIPS[name], topologies.get_topology_desc(platform="tpu", topology_name=request.topology).devices
+
+
+def _hosts(devices: Sequence[Any]) -> int:
+    return len({device.process_index for device in devices})
+
+
+def _mesh_is_set(request: Request) -> bool:
+    return any(re.match(r"\s*(fsdp|tensor)\s*=", change) for change in request.assignments)
+
+
+def _typed(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _data(arrays: dict[str, tuple[tuple[int, ...], Any]], mesh: Mesh) -> dict[str, Any]:
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in arrays.items()}
+
+
+def _rows(mesh: Mesh) -> int:
+    """Shares of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _on_a_chip(tree: Any) -> int:
+    """Bytes of placed arrays on each chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+def _facts(compiled: Any) -> tuple[str, int]:
+    """The text of a compiled program and the bytes of its temporaries on a chip."""
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, vision: ViTConfig) -> dict[str, Any]:
+    """Exchanges, and the seconds that each part of the machine would need alone; fields of a Plan.
+
+    hbm_bytes: that a chip reads and writes at least.
+    """
+    sent: dict[str, float] = collections.defaultdict(float)
+    for row in hlo.collectives(text):
+        sent[row.kind] += row.sent_bytes
+    cycles, kernel_seconds = 0, 0.0
+    for label, opcode, line, trips in hlo.scheduled(text):
+        if trips is None:
+            raise hlo.UnreadableError(f"how often does the loop {label} run?")
+        if estimated := re.findall(r'"?estimated_cycles"?:"?(\d+)', line):
+            cycles += int(estimated[-1]) * trips
+        if opcode == "custom-call" and label.startswith("joint_attention_"):
+            kernel_seconds += trips * _kernel_seconds(label, line, vision, chip)
+    return {
+        "collectives": dict(sent),
+        "bounds": {
+            "MXU": flops / mesh.size / chip.flops_per_second,
+            "HBM": hbm_bytes / chip.hbm_bytes_per_second,
+            "interconnect": sum(sent.values()) / chip.link_bytes_per_second,
+            "compiler": cycles / chip.clock_hz + kernel_seconds,
+        },
+    }
+
+
+def _kernel_seconds(label: str, line: str, vision: ViTConfig, chip: Chip) -> float:
+    """Of a call of the towers' attention kernels, which the compiler does not estimate: its floor, by `KERNEL_SHARE`.
+
+    Heads of up to 128 fill D of 128 columns of a matrix unit in one product of two (kernels/attention_tpu.py).
+    """
+    shape = re.search(r"\[(\d+),(\d+),(\d+)\]", line)  # of the first result: [B, S, N * D]
+    if shape is None:
+        raise hlo.UnreadableError(f"cannot read the instruction {line[:200]}")
+    rows, tokens, width = map(int, shape.groups())
+    head_dim = min(vision.head_dim, 128)
+    product = 2.0 * rows * (width // vision.head_dim) * tokens**2 * 128
+    products = 2 + 3 * head_dim / 128 if "backward" in label else 1 + head_dim / 128
+    return product * products / chip.flops_per_second / KERNEL_SHARE
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The process that `pyvdl.plan.plan` starts: a request as JSON; the last line it prints is the answer."""
+    fields = json.loads(arguments[0])
+    request = Request(**fields | {"assignments": tuple(fields["assignments"])})
+    found = captions(request) if request.recipe == "caption" else training(request)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(found | {"peak_compile_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
