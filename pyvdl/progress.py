@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,13 +40,15 @@ class Progress:
             )
             self._task = self._bar.add_task(name, total=total, completed=done, note="")
 
-    def advance(self, count: int = 1) -> None:
-        """Counts `count` more units as done."""
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Counts `count` more units as done; shows `note` beside the count when it shows that."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
+            if note:
+                self._bar.update(self._task, note=note)
         elif self._enabled and time.monotonic() - self._last_line_time > _LINE_SECONDS:
-            self.note("")
+            self.note(note)
 
     def note(self, text: str) -> None:
         """Shows `text` beside the count."""
@@ -68,19 +70,25 @@ class Progress:
             self._bar.stop()
 
 
+class Report(Protocol):
+    """What `reporting` gives."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def reporting(name: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+def reporting(name: str, enabled: bool = True) -> Iterator[Report]:
     """A function to call with (done, total); the bar starts at its first call and again when the total changes."""
     bar: Progress | None = None
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, note: str = "") -> None:
         nonlocal bar
         if bar is None or bar.total != total or done < bar.done:
             if bar is not None:
                 bar.__exit__(None, None, None)
             bar = Progress(name, total, enabled=enabled)
             bar.__enter__()
-        bar.advance(done - bar.done)
+        bar.advance(done - bar.done, note)
 
     try:
         yield report

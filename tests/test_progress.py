@@ -31,6 +31,11 @@ def test_a_line_now_and_then_without_notes(capsys: pytest.CaptureFixture[str], m
             now[0] += 1.0
             bar.advance()
     assert capsys.readouterr().err == "caption 16/50\ncaption 32/50\n"
+    with reporting("instruct") as report:
+        for done in range(1, 40):
+            now[0] += 1.0
+            report(done, 50, f"{done} requests")
+    assert capsys.readouterr().err == "instruct 17/50  17 requests\ninstruct 33/50  33 requests\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +43,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     with Progress("visual", 5) as bar:
-        bar.advance(2)
+        bar.advance(2, "2 clips")
         bar.note("loss 1.25")
     text = terminal.getvalue()
     assert "visual" in text
