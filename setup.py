@@ -41,6 +41,7 @@ EXTRAS = {
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
     "int8": ["qwix>=0.1.8"],
+    "llm": ["openai>=3", "tenacity>=9.1", "json-repair>=0.50", "py3langid>=0.4"],
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "clang-format>=18", "psutil", "qwix>=0.1.8"],
 }
 
@@ -51,9 +52,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=["pyvdl", "pyvdl.datasets", "pyvdl.metrics", "pyvdl.models", "pyvdl.synthetic", "pyvdl.kernels"],
+    packages=[
+        *("pyvdl", "pyvdl.datasets", "pyvdl.instruct", "pyvdl.metrics", "pyvdl.models", "pyvdl.synthetic"),
+        "pyvdl.kernels",
+    ],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},
-    package_data={"pyvdl": ["py.typed", "report.html.j2"]},
+    package_data={"pyvdl": ["py.typed", "report.html.j2"], "pyvdl.instruct": ["prompts.toml"]},
     install_requires=[
         "jax>=0.11",
         "flax>=0.12",

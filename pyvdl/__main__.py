@@ -32,7 +32,7 @@ try it:
 data:
   probe     what is in video files or a data set, and what is wrong with them
   prepare   render a labelled corpus of real video files
-  instruct  questions and answers from narratives
+  instruct  questions and answers from captions and narratives
 the method:
   adapt     an image vision-language model to video: the visual or the language stage
   caption   videos with the adapted model
@@ -153,14 +153,21 @@ def _parser() -> Parser:
     p = verb(
         "instruct",
         commands.instruct,
-        "Makes instruction data: reads the narratives of a manifest and writes a manifest whose records carry the\n"
-        "questions and answers that the templates find (temporal, causal, short).",
-        "pyvdl instruct --data corpus/train.jsonl --out corpus/instructions.jsonl",
+        "Makes instruction data: writes a manifest whose records carry questions and answers (temporal, causal,\n"
+        "short). With --model, a language model writes them from captions and narratives, asked through any endpoint\n"
+        "that speaks OpenAI's protocol, with OPENAI_API_KEY. The same command goes on where it stopped, and tries\n"
+        "again what failed. Without, rules make them from narratives with actor tags.",
+        "pyvdl instruct --data train.jsonl --out instructions.jsonl --model NAME --base-url http://localhost:8000/v1",
     )
     p.add_argument(
-        "--data", type=Path, required=True, metavar="DATA", help="records with narratives: manifest or WebDataset tars"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DATA",
+        help="records with captions or narratives: manifest or WebDataset tars",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    _add_language_model(p)
 
     p = verb(
         "adapt",
@@ -280,6 +287,26 @@ def _parser() -> Parser:
         help="what `pyvdl caption --out` wrote (file or folder), or a manifest (its captions and alt-text)",
     )
     return parser
+
+
+def _add_language_model(parser: Parser) -> None:
+    p = parser.add_argument_group("with a language model")
+    p.add_argument("--model", metavar="NAME", help="as the endpoint knows it")
+    p.add_argument("--base-url", metavar="URL", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
+    p.add_argument("--templates", type=Path, metavar="FILE", help="your own instructions and examples, a TOML file")
+    p.add_argument("--seed", type=_unsigned, metavar="N", help="of the examples and requests (default: 0)")
+    p.add_argument("--temperature", type=_non_negative, metavar="X", help="(default: the endpoint's)")
+    p.add_argument("--max-tokens", type=_positive, metavar="N", help="of a reply, thoughts included (default: 1024)")
+    p.add_argument(
+        "--language", metavar="CODE", help="questions in others are left out; 'any' keeps them (default: en)"
+    )
+    p.add_argument("--concurrency", type=_positive, metavar="N", help="requests at a time (default: 16)")
+    p.add_argument("--requests-per-minute", type=_positive, metavar="N", help="at most (default: no limit)")
+    p.add_argument("--tokens-per-minute", type=_positive, metavar="N", help="in and out, at most (default: no limit)")
+    p.add_argument("--timeout-seconds", type=_positive, metavar="N", help="of one try of a request (default: 120)")
+    p.add_argument("--retries", type=_unsigned, metavar="N", help="of a request that may work later (default: 6)")
+    p.add_argument("--price-in", type=_non_negative, metavar="X", help="of a million tokens in, to tell the cost")
+    p.add_argument("--price-out", type=_non_negative, metavar="X", help="of a million tokens out")
 
 
 def _add_training(p: Parser) -> None:

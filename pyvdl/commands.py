@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from pyvdl.tokenizers import Tokenizer
     from pyvdl.train import History
 
+# Options of `instruct` that need --model.
+MODEL_ONLY = (
+    *("base_url", "templates", "seed", "temperature", "max_tokens", "language", "concurrency", "requests_per_minute"),
+    *("tokens_per_minute", "timeout_seconds", "retries", "price_in", "price_out"),
+)
 Report = Callable[[int, int], None]  # (done, total)
 Scores = list[tuple[str, float, float, float]]  # name, value, low, high
 
@@ -134,20 +139,27 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def instruct(arguments: argparse.Namespace) -> int:
+    _make_way(arguments.out)
+    if arguments.model is not None:
+        return _instruct_by_model(arguments)
+    for name in MODEL_ONLY:
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for a language model: name it with --model")
     import dataclasses
     from collections import Counter
 
-    from pyvdl import instruct as templates
+    from pyvdl import instruct as rules
     from pyvdl.data import write_manifest
 
-    _make_way(arguments.out)
+    if (job := rules.job_folder(arguments.out)).exists():
+        raise ValueError(f"{arguments.out} is what a language model writes ({job}): choose another file")
     told = [(record, record.narrative) for record in _read(arguments.data) if record.narrative]
     if not told:
         raise ValueError(f"{arguments.data}: no record has a narrative")
     asked, unread = [], []
     for record, narrative in told:
         try:
-            asked.append(dataclasses.replace(record, questions=tuple(templates.generate(narrative))))
+            asked.append(dataclasses.replace(record, questions=tuple(rules.generate(narrative))))
         except ValueError as error:
             unread.append(f"{record.key}: {error}")
     if not asked:
@@ -158,6 +170,33 @@ def instruct(arguments: argparse.Namespace) -> int:
     families = Counter(question.family for record in asked for question in record.questions)
     counts = ", ".join(f"{count} {family}" for family, count in sorted(families.items()))
     print(f"{arguments.out}: {len(asked)} records with {families.total()} questions ({counts})")
+    return 0
+
+
+def _instruct_by_model(arguments: argparse.Namespace) -> int:
+    from pyvdl.instruct.job import Connection, instruct_job
+    from pyvdl.instruct.prompts import load_templates
+    from pyvdl.progress import reporting
+
+    if arguments.data.resolve() == arguments.out.resolve():
+        raise UsageError("--out is --data: a job that goes on must find its records as they were")
+    given = {name: value for name in MODEL_ONLY if (value := getattr(arguments, name)) is not None}
+    templates = load_templates(given.pop("templates", None))
+    prices = given.pop("price_in", None), given.pop("price_out", None)
+    settings = {name: given.pop(name) for name in ("seed", "temperature", "max_tokens", "language") if name in given}
+    with reporting("instruct") as report:
+        made = instruct_job(
+            _read(arguments.data),
+            arguments.out,
+            model=arguments.model,
+            templates=templates,
+            connection=Connection(**given),
+            progress=lambda done, total, spent: report(done, total, spent.account(*prices)),
+            **settings,
+        )
+    print(f"{arguments.out}: {made.account()}\n{made.spent.account(*prices)}")
+    for trouble in made.troubles():
+        print(trouble, file=sys.stderr)
     return 0
 
 

@@ -25,6 +25,7 @@ FORBIDDEN = {
     "pyvdl.archives": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption"},
     "pyvdl.datasets": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
+    "pyvdl.instruct": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},
 }
 TOP = {"pyvdl.demo", "pyvdl.__main__"}  # nobody below may import these
