@@ -83,7 +83,7 @@ def training(request: Request) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*placed, data).compile()
     seconds = time.perf_counter() - start
-    text, temporaries = _facts(compiled)
+    text, temporaries, program = _facts(compiled)
     alive = liveness.at_peak(text)
     activations = min(alive.activations, temporaries)
     gradients = min(alive.gradients, temporaries - activations)
@@ -100,6 +100,7 @@ def training(request: Request) -> dict[str, Any]:
             "frozen": _on_a_chip(placed.frozen),
             "optimizer": _on_a_chip(placed.opt_state),
             "batch": _on_a_chip(data),
+            "program": program,
             "activations": activations,
             "gradients": gradients,
             "temporaries": temporaries - activations - gradients,
@@ -147,7 +148,7 @@ def captions(request: Request) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         compiled = jax.jit(caption).lower(placed, data).compile()
     seconds = time.perf_counter() - start
-    text, temporaries = _facts(compiled)
+    text, temporaries, program = _facts(compiled)
     prefix, suffix = _caches(graph, state, shape, run, mesh, prompt)
     read = _on_a_chip(placed) + run.max_length * (_read_for_a_token(placed, shape) + prefix + suffix // 2)
     flops = batch * caption_flops(shape, prompt, run.num_samples, run.max_length)
@@ -160,6 +161,7 @@ def captions(request: Request) -> dict[str, Any]:
         "memory": {
             "frozen": _on_a_chip(placed),
             "batch": _on_a_chip(data),
+            "program": program,
             "caches": prefix + suffix,
             "temporaries": max(temporaries - prefix - suffix, 0),
         },
@@ -232,9 +234,10 @@ def _on_a_chip(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _facts(compiled: Any) -> tuple[str, int]:
-    """The text of a compiled program and the bytes of its temporaries on a chip."""
-    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+def _facts(compiled: Any) -> tuple[str, int, int]:
+    """The text of a compiled program, and the bytes of its temporaries and of itself on a chip."""
+    memory = compiled.memory_analysis()
+    return compiled.as_text(), memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
 
 
 def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, vision: ViTConfig) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Memory:
     frozen: int = 0  # those that are not
     optimizer: int = 0
     batch: int = 0
+    program: int = 0
     caches: int = 0  # of keys and values, of captions
     activations: int = 0  # kept for the backward pass, when most memory is needed
     gradients: int = 0  # there at the same time
@@ -253,6 +254,7 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         "parameters frozen": 0 if captions else memory.frozen,
         "optimizer": memory.optimizer,
         "batch": memory.batch,
+        "program": memory.program,
         "keys and values": memory.caches,
         "activations, at the peak (estimate)": memory.activations,
         "gradients, at the peak (estimate)": memory.gradients,
