@@ -40,7 +40,8 @@ class _Buffer:
     size: int
     start: int  # the first and the last place in the order of the instructions
     end: int
-    of_batch: bool
+    of_batch: bool  # made of the batch
+    of_backward: bool  # made of what the backward pass gives
     written: set[str]  # the passes that write it
     read: set[str]  # and read it
 
@@ -81,7 +82,9 @@ def _walk(found: Mapping[str, Sequence[str]], name: str, argument: _Value | None
         if opcode == "parameter" and argument is not None:
             value = argument
         elif opcode == "parameter":
-            value = _new(line, place, _of_batch(line), set(), size=0)
+            value = _new(line, place, [], set(), size=0)
+            for leaf in _leaves(value):
+                leaf.of_batch = _of_batch(line)
         elif opcode == "get-tuple-element" and isinstance(operands[0], list):
             value = operands[0][int(re.findall(r"index=(\d+)", line)[0])]
         elif opcode == "tuple":
@@ -99,7 +102,8 @@ def _walk(found: Mapping[str, Sequence[str]], name: str, argument: _Value | None
             else:
                 # XLA's own copies and conversions have no name: they go with what they are made of.
                 origins = {own} if own else set().union(*(leaf.written for leaf in leaves))
-                value = _new(line, place, any(leaf.of_batch for leaf in leaves), origins)
+                # What begins a copy gives its source too; the memory counts where the copy ends.
+                value = _new(line, place, leaves, origins, size=0 if opcode.endswith("-start") else None)
                 value = _in_place(value, operands, line, opcode)
                 buffers += [leaf for leaf in _leaves(value) if leaf.start == place]
         values[label] = value
@@ -114,13 +118,16 @@ def _walk(found: Mapping[str, Sequence[str]], name: str, argument: _Value | None
 def _loop(found: Mapping[str, Sequence[str]], line: str, state: Sequence[_Buffer]) -> Alive:
     """Notes what the loop does to its state; what it needs beside that."""
     own, body = _pass_of(line), re.findall(r"body=%?([\w.\-]+)", line)[0]
-    seen = [_Buffer(0, 0, 0, leaf.of_batch, set(), set()) for leaf in state]
+    seen = [_Buffer(0, 0, 0, leaf.of_batch, leaf.of_backward, set(), set()) for leaf in state]
     after, inside = _walk(found, body, list(seen))
     for outer, before, now in zip(state, seen, _leaves(after), strict=True):
         if now is not before or before.written:
             outer.written.add(own)
             outer.of_batch |= now.of_batch
-    return inside if own not in ("forward", "backward") else Alive(others=inside.total)
+            outer.of_backward |= now.of_backward
+            if own == "optimizer" and now.of_backward:  # gradients are summed over the parts of a batch
+                outer.written.add("backward")
+    return inside if own == "optimizer" else Alive(others=inside.total)
 
 
 def _peak(buffers: Sequence[_Buffer], loops: Mapping[int, Alive], end: int) -> Alive:
@@ -137,13 +144,15 @@ def _peak(buffers: Sequence[_Buffer], loops: Mapping[int, Alive], end: int) -> A
     return most
 
 
-def _new(line: str, place: int, of_batch: bool, origins: set[str], size: int | None = None) -> _Value:
-    """What an instruction gives, in memory of its own. size: of each array, in place of that in the text."""
+def _new(line: str, place: int, operands: Sequence[_Buffer], origins: set[str], size: int | None = None) -> _Value:
+    """What an instruction makes of its operands, in memory of its own. size: of each array, in place of the text's."""
+    of_batch = any(leaf.of_batch for leaf in operands)
+    of_backward = "backward" in origins or any(leaf.of_backward for leaf in operands)
     match = OPCODE.match(line)
     assert match is not None
     given = line[: match.end(2)].split(" = ", 1)[1]
     made = [
-        _Buffer(_size(*shape) if size is None else size, place, place, of_batch, set(origins), set())
+        _Buffer(_size(*shape) if size is None else size, place, place, of_batch, of_backward, set(origins), set())
         for shape in _SHAPE.findall(given)
     ]
     return made if given.startswith("(") or len(made) != 1 else made[0]
@@ -163,6 +172,7 @@ def _in_place(value: _Value, operands: Sequence[_Value], line: str, opcode: str)
         if isinstance(taken, _Buffer):
             taken.written |= made.written
             taken.of_batch |= made.of_batch
+            taken.of_backward |= made.of_backward
             results[output] = taken
     return results if isinstance(value, list) else results[0]
 

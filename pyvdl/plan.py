@@ -266,10 +266,13 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         f"{found.request.recipe} ({found.request.preset}) on {found.request.topology}: {found.chips} chips, {where}",
         f"batch {found.batch_size}, {found.flops / 1e12:.0f} TFLOP a {one}; nothing was measured on a TPU",
     ]
-    if not captions:
-        lines.append(
-            f"training takes --set fsdp={found.mesh['fsdp']} --set tensor={found.mesh['tensor']} for this mesh"
-        )
+    if captions:
+        _, job, _ = resolve(found.request)
+        assert isinstance(job, CaptionConfig)
+        lines.append(f"{job.clips} clips, {job.num_samples} captions of at most {job.max_length} tokens for each")
+    else:
+        fsdp, tensor = found.mesh["fsdp"], found.mesh["tensor"]
+        lines.append(f"training takes --set fsdp={fsdp} --set tensor={tensor} for this mesh")
     lines += [
         "",
         *(f"  {name:<38}{size / gib:8.2f} GiB a chip" for name, size in parts.items() if size),
@@ -277,7 +280,7 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         f"{'fits' if found.fits else 'DOES NOT FIT'}",
         "",
         *(f"  {name:<38}{size / 1e6:8.0f} MB sent by a chip, each {one}" for name, size in found.collectives.items()),
-        "",
+        *([""] if found.collectives else []),
         *(f"  {f'time by {name}':<38}{1000 * seconds:8.1f} ms" for name, seconds in found.bounds.items()),
         f"  {one:<38}{1000 * found.step_seconds:8.1f} ms at least, bound by {found.binding}",
         f"  {'share of peak':<38}{found.bounds['MXU'] / found.step_seconds:8.0%}",
