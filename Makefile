@@ -10,7 +10,8 @@ help:
 	@echo "make demo   set up, then run the whole method on a small corpus of real encoded videos (report in demo/)"
 	@echo "make test   set up, then lint, type check, C++ and Python tests"
 	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
-	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), and look for races and leaks"
+	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), look for races and leaks, and"
+	@echo "            kill a process while it writes checkpoints, 20 times"
 	@echo "make libtpu set up, then fetch the TPU compiler (make test does too); bench.tpu_aot needs it, a TPU it does not"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make parity set up, then compare with PyTorch's transformers at random seeds and real layer shapes; PYTHON= a"
@@ -69,6 +70,7 @@ parity: env build/parity/env/.made
 
 soak: env
 	$(PY) -m tests.soak
+	PYVDL_KILLS=20 $(PY) -m pytest tests/test_checkpoint.py -k half_written
 
 clean:
 	rm -rf build .venv demo

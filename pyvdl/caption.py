@@ -25,6 +25,7 @@ from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.generate import Samples, generate
 from pyvdl.models.vlm import VLM
+from pyvdl.sharding import host_pieces
 from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
@@ -248,9 +249,10 @@ def model_digest(model: nnx.Module, tokenizer: Tokenizer) -> str:
     """Names a model by its weights and words, wherever it was loaded from."""
     digest = hashlib.sha256(tokenizer.digest().encode())
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        array = np.asarray(value[...])
+        array = value[...]
         digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        for piece in host_pieces(array):
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return digest.hexdigest()
 
 

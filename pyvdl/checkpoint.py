@@ -14,10 +14,11 @@ import shutil
 import typing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import orbax.checkpoint as ocp
+import orbax.checkpoint.checkpoint_managers as policies
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -25,18 +26,20 @@ import pyvdl
 from pyvdl.config import DualEncoderConfig, VLMConfig
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
-from pyvdl.models.weights import load_pretrained
+from pyvdl.models.weights import Place, load_pretrained
 from pyvdl.tokenizers import Tokenizer, load_tokenizer
+
+type ParamDtype = Literal["float32", "bfloat16"]
 
 _REMEDY = "run what saved the model again, or name another model"
 _CONFIGS: dict[str, type] = {"VLMConfig": VLMConfig, "DualEncoderConfig": DualEncoderConfig}
 
 
 class Checkpointer:
-    """Saves the state of a training run under `workdir`/checkpoints/STEP and keeps the newest `keep` of them.
+    """Saves the state of a training run under `workdir`/checkpoints/STEP: keeps the newest `keep`, and the best.
 
-    Saving is asynchronous: `save` returns when the arrays are on the host. A checkpoint gets its final name only when
-    it is whole, so one that a crash cut short is never restored.
+    The best is the one with the lowest loss. Saving is asynchronous: `save` returns when the arrays are on the host. A
+    checkpoint gets its final name only when it is whole, so one that a crash cut short is never restored.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
@@ -46,7 +49,16 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+                    ]
+                ),
+                best_fn=_loss,
+                best_mode="min",
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
@@ -61,10 +73,19 @@ class Checkpointer:
         self.wait()
         return self._manager.latest_step()
 
-    def save(self, step: int, model_state: Any, opt_state: Any, data_state: dict[str, Any]) -> None:
-        """Begins to write a checkpoint; `data_state` must be what JSON can hold."""
+    @property
+    def best_step(self) -> int | None:
+        """Steps done at the whole checkpoint of the lowest loss, None when there is none. Waits as `latest_step`."""
+        self.wait()
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, model_state: Any, opt_state: Any, data_state: dict[str, Any], *, loss: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint, never the best without a loss; `data_state` must be what JSON can hold."""
         self._manager.save(
             step,
+            metrics=None if loss is None else {"loss": loss},
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(_flatten(model_state)),
                 optimizer=ocp.args.StandardSave(_flatten(opt_state)),
@@ -72,18 +93,18 @@ class Checkpointer:
             ),
         )
 
-    def restore_latest(self, model_state: Any, opt_state: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """Returns (step, model_state, opt_state, data_state) of the newest whole checkpoint, None when there is none.
-
-        The arguments are templates: trees of arrays with the shapes, types and shardings wanted. Raises ValueError when
-        the checkpoint was written by a run of another shape.
-        """
-        step = self.latest_step
-        if step is None:
-            return None
+    def check(self, step: int, model_state: Any, opt_state: Any) -> None:
+        """Raises ValueError when the checkpoint of `step` was written by a run of another shape; see `restore`."""
         found = self._manager.item_metadata(step)
         for name, wanted in (("model", model_state), ("optimizer", opt_state)):
-            _check_same_names(f"{self.directory / str(step)}, {name}", found[name], _flatten(wanted))
+            _check_same_names(f"{self.directory / str(step)}, {name}", found[name], _abstract(wanted))
+
+    def restore(self, step: int, model_state: Any, opt_state: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Returns (model_state, opt_state, data_state) after `step`, a whole checkpoint that `check` does not refuse.
+
+        The arguments are templates: trees of arrays, or of their shapes, with the types and shardings wanted. Arrays
+        are read straight to where they stand: the run that wrote them may have had another mesh.
+        """
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -92,7 +113,7 @@ class Checkpointer:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return step, _unflatten(restored.model, model_state), _unflatten(restored.optimizer, opt_state), restored.data
+        return _unflatten(restored.model, model_state), _unflatten(restored.optimizer, opt_state), restored.data
 
     def wait(self) -> None:
         """Returns when every checkpoint begun is whole on disk; raises what its writing raised."""
@@ -109,6 +130,10 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
 
 
 def save_model(
@@ -157,7 +182,9 @@ def _meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokenizer]:
+def load_model(
+    path: str | os.PathLike[str], *, param_dtype: ParamDtype = "float32", place: Place | None = None
+) -> tuple[VLM | DualEncoder, Tokenizer]:
     """Reads what `save_model` wrote, or a public checkpoint with its tokenizer beside it: see `load_weights`.
 
     Raises ValueError naming what the directory lacks, or a tokenizer with more ids than the model knows.
@@ -166,7 +193,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[VLM | DualEncoder, Tokeniz
     saved = not is_public(source)
     if saved and not (source / "tokenizer.json").exists() and not (source / "tokenizer_frame.json").exists():
         raise ValueError(f"{source} is not a saved model: it has no tokenizer.json")
-    model = load_weights(source)
+    model = load_weights(source, param_dtype=param_dtype, place=place)
     kind = "paligemma" if isinstance(model, VLM) else "clip" if model.config.kind == "softmax" else "siglip"
     tokenizer = load_tokenizer(source if source.is_dir() else source.parent, None if saved else kind)
     known = model.config.language.vocab_size if isinstance(model, VLM) else model.config.text.vocab_size
@@ -180,9 +207,13 @@ def is_public(path: str | os.PathLike[str]) -> bool:
     return not (Path(path) / "params").exists()
 
 
-def load_weights(path: str | os.PathLike[str]) -> VLM | DualEncoder:
+def load_weights(
+    path: str | os.PathLike[str], *, param_dtype: ParamDtype = "float32", place: Place | None = None
+) -> VLM | DualEncoder:
     """The model alone, of a folder that `save_model` wrote or of a public checkpoint (see `load_pretrained`).
 
+    Parameters are stored in `param_dtype` and stand where `place` says, by their names and shapes, from the start: no
+    device ever holds more than its part. Without `place` all are on the default device.
     A public one computes in float32 on a CPU, which only emulates bfloat16, and in bfloat16 elsewhere.
     """
     source = Path(path).absolute()
@@ -191,16 +222,21 @@ def load_weights(path: str | os.PathLike[str]) -> VLM | DualEncoder:
     if is_public(source):
         if source.is_dir() and not list(source.glob("*.safetensors")):
             raise ValueError(f"{source} is not a saved model: it has no params, nor safetensors of a public checkpoint")
-        model = load_pretrained(source, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype: ParamDtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = load_pretrained(source, dtype=dtype, param_dtype=param_dtype, place=place)
         if not isinstance(model, VLM | DualEncoder):
             raise ValueError(f"{source} holds a language model alone: a model of videos is wanted")
         return model
     config = load_config(source)
     make = VLM if isinstance(config, VLMConfig) else DualEncoder
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))  # type: ignore[arg-type]
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, param_dtype, sharding=place(name, x.shape) if place else x.sharding)
+        for name, x in _abstract(state).items()
+    }
     with ocp.StandardCheckpointer() as reader:
         try:
-            restored = reader.restore(source / "params", _abstract(state))
+            restored = reader.restore(source / "params", wanted)
         except Exception as error:  # Orbax lets through whatever its parts raise, plain Exceptions too
             first = str(error).strip().partition("\n")[0][:200]
             raise ValueError(f"{source / 'params'} cannot be read ({first}): {_REMEDY}") from error
@@ -313,9 +349,8 @@ def _abstract(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
     def describe(value: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(value, "sharding", None) or here
-        if _is_key(value):
-            data = jax.eval_shape(jax.random.key_data, value)
-            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=here)
+        if _is_key(value):  # its data has one axis more, which no device shares with another
+            value = jax.eval_shape(jax.random.key_data, value)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
     return {_name(path): describe(value) for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]}

@@ -27,7 +27,9 @@ from pyvdl.data import Batches, Encode, Question, Record
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
+from pyvdl.sharding import make_mesh, place
 from pyvdl.sources import absolute
+from pyvdl.step import create
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
@@ -216,21 +218,29 @@ def _begin[M: (VLM, DualEncoder)](
     if not texts:
         raise ValueError("no record of the manifest has the texts this training needs")
     changes = list(assignments)
-    saved: M | None = None
-    if start is not None:
+    if start is None:
+        tokenizer: Tokenizer = WordTokenizer.from_texts(texts)
+        sizes = PRESETS[preset](tokenizer.vocab_size)
+    else:
         for change in changes:
             if change.startswith("model."):
                 raise ValueError(f"{change}: the shape of a saved model cannot be changed")
-        found, tokenizer = load_model(start)
-        if not isinstance(found, kind):
-            raise ValueError(f"{os.fspath(start)} holds a {type(found).__name__}, not a {kind.__name__}")
-        saved = found
-    else:
-        tokenizer = WordTokenizer.from_texts(texts)
-    sizes = PRESETS[preset](tokenizer.vocab_size)
+        sizes = PRESETS[preset](1)  # its models, and so their vocabularies, are not made
     shape: Any = sizes.vlm if kind is VLM else sizes.dual_encoder
     config, shape = settings.override_training(recipe(sizes), shape, changes)
-    model = kind(shape, rngs=nnx.Rngs(config.seed)) if saved is None else saved
+    mesh = make_mesh(config.fsdp, config.tensor)
+    if start is None:
+
+        def new() -> M:
+            return kind(shape, rngs=nnx.Rngs(config.seed))
+
+        check_settings(nnx.eval_shape(new), config)
+        model = create(new, mesh, config.param_dtype)
+    else:
+        found, tokenizer = load_model(start, param_dtype=config.param_dtype, place=place(mesh))
+        if not isinstance(found, kind):
+            raise ValueError(f"{os.fspath(start)} holds a {type(found).__name__}, not a {kind.__name__}")
+        model = found
     return model, tokenizer, sizes, dataclasses.replace(config, clip=model_clip(model.config, config.clip))
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pyvdl import kernels
@@ -38,6 +39,7 @@ _LOGICAL = {
     "embedding": ("vocabulary", "embed"),
     "projection": ("embed", None),
 }
+_PIECE_BYTES = 64 << 20
 # Products with matrices split so need no sum over "tensor" but one after `out` and one after `down`.
 _RULES = {"embed": "fsdp", "heads": TENSOR_AXIS, "mlp": TENSOR_AXIS, "vocabulary": TENSOR_AXIS}
 
@@ -70,7 +72,7 @@ def join() -> None:
 
 
 def place(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Returns the sharding of a parameter, by its name and shape; `load_pretrained` asks it, too.
+    """Returns the sharding of a parameter, by its name and shape; what loads models asks it, too.
 
     Matrices of attention and MLP, embeddings and heads are split over "fsdp" and "tensor" where their sizes allow it;
     the rest is whole on every device.
@@ -155,21 +157,33 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def put(tree: Any, shardings: Any) -> Any:
-    """Returns a copy of `tree` that stands so; the buffers given stay the caller's, whatever is donated later.
+def put(x: Array, sharding: NamedSharding, *, copy: bool = True) -> Array:
+    """Returns `x` as it is to stand: a copy, whose buffers may be donated; without `copy` x itself if it stands so.
 
-    Where there are several processes, each gives the whole of an array, or arrays that stand on the mesh already.
+    Where there are several processes, each gives the whole of an array, or one that stands on the mesh already.
     """
-    return jax.tree.map(_put, tree, shardings)
-
-
-def _put(x: Array, sharding: NamedSharding) -> Array:
+    if not copy and x.sharding == sharding:
+        return x
     if jax.process_count() == 1:
-        return jax.device_put(x, sharding, may_alias=False)
+        return jax.device_put(x, sharding, may_alias=False if copy else None)
     if not x.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=sharding)(x)
     whole = np.asarray(x)  # what is on a device of one process cannot be sent to those of others
     return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
+
+
+def host_pieces(x: Array) -> Iterator[np.ndarray]:
+    """Yields the rows of `x` for this process to read, several at a time where other processes have parts of it.
+
+    No device then holds more than _PIECE_BYTES of it beside its own part. All processes must ask together.
+    """
+    if x.is_fully_addressable or x.is_fully_replicated:
+        yield np.asarray(x)
+        return
+    rows = max(1, _PIECE_BYTES * len(x) // x.nbytes)
+    for first in range(0, len(x), rows):
+        piece = jax.lax.dynamic_slice_in_dim(x, first, min(rows, len(x) - first))
+        yield multihost_utils.process_allgather(piece, tiled=True)
 
 
 # --- what XLA's partitioner cannot split

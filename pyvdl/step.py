@@ -20,9 +20,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from pyvdl.config import OptimConfig, TrainConfig
+from pyvdl.config import TrainConfig
 from pyvdl.optim import make_optimizer
-from pyvdl.sharding import optimizer_shardings, put, replicated, split_rows, tree_shardings
+from pyvdl.sharding import optimizer_shardings, place, put, replicated, split_rows, tree_shardings
 
 Batch = dict[str, Array]
 Scalars = dict[str, Array]
@@ -79,15 +79,59 @@ def shardings(state: State, mesh: Mesh) -> State:
     )
 
 
-def begin(params: Any, rest: Any, frozen: Any, optim: OptimConfig, steps: int, mesh: Mesh) -> State:
-    """The state before the first step, on the mesh; buffers of `params` and `rest` stay the caller's."""
-    init = make_optimizer(optim, steps).init
-    wanted = shardings(State(params, jax.eval_shape(init, params), rest, frozen), mesh)
-    params, rest = put(params, wanted.params), put(rest, wanted.rest)
-    opt_state = jax.jit(init, out_shardings=wanted.opt_state)(params)
-    if jax.process_count() > 1:
-        return State(params, opt_state, rest, put(frozen, wanted.frozen))
-    return State(params, opt_state, rest, jax.device_put(frozen, wanted.frozen))  # nobody donates them: no copy
+def shapes(model: nnx.Module, config: TrainConfig) -> State:
+    """Shapes and types of the state that a training of `model` begins with."""
+    _, params, frozen, rest = split(model, config.trainable)
+    params, frozen = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), tree) for tree in (params, frozen)
+    )
+    rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
+    return State(params, jax.eval_shape(make_optimizer(config.optim, config.steps).init, params), rest, frozen)
+
+
+def placed(state: State, mesh: Mesh) -> State:
+    """The same shapes and types with their shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
+    )
+
+
+def create[M: nnx.Module](make: Callable[[], M], mesh: Mesh, dtype: str = "float32") -> M:
+    """The model that `make` returns, its parameters as `dtype`: each device makes its own part of them and no other.
+
+    Random numbers are those of `make()`, whatever the mesh.
+    """
+
+    def state() -> Any:
+        made = nnx.state(make())
+        return jax.tree.map(
+            lambda x: x.replace(x.get_value().astype(dtype)) if isinstance(x, nnx.Param) else x,
+            made,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+
+    graph, known = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.jit(state, out_shardings=tree_shardings(known, mesh))())
+
+
+def begin(model: nnx.Module, config: TrainConfig, mesh: Mesh) -> State:
+    """The state before the first step, whose arrays are those of `model` from then on.
+
+    They are moved one after the other, so that there is never much more than one model. What a step donates are copies,
+    also of what stands right already: others may hold the arrays that the model had.
+    """
+    _, params, frozen, rest = split(model, config.trainable)
+    of = place(mesh)
+    for tree, donated in ((params, True), (rest, True), (frozen, False)):
+        for path, variable in nnx.to_flat_state(tree):
+            x = variable.get_value()
+            if isinstance(variable, nnx.Param):
+                x = x.astype(config.param_dtype)
+            x = put(x, of(".".join(map(str, path)), x.shape), copy=donated)
+            variable.set_value(x.block_until_ready())
+    init = make_optimizer(config.optim, config.steps).init
+    wanted = optimizer_shardings(jax.eval_shape(init, params), params, mesh)
+    return State(params, jax.jit(init, out_shardings=wanted)(params), rest, frozen)
 
 
 def make_step(

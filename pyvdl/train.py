@@ -28,8 +28,8 @@ from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import TrainConfig
 from pyvdl.optim import make_optimizer, make_schedule
 from pyvdl.progress import Progress
-from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put_batch
-from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, split
+from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put, put_batch, replicated
+from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
 from pyvdl.text import PAD_ID
 
 # What a later run reads of a line of metrics.jsonl.
@@ -95,12 +95,7 @@ def fit(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} parts does not divide over the {rows} "
             f"shares of {mesh.size} devices: change these, or set a larger tensor"
         )
-    graph, params, frozen, rest = split(model, config.trainable)
-    if config.param_dtype != "float32":
-        params, frozen = (jax.tree.map(lambda x: x.astype(config.param_dtype), tree) for tree in (params, frozen))
-    state = begin(params, rest, frozen, config.optim, config.steps, mesh)
-    params, opt_state, rest, frozen = state
-    nnx.update(model, nnx.merge_state(params, frozen))  # lets go of the arrays that were copied
+    graph, *_ = split(model, config.trainable)
     # Of the settings only those that the program depends on: other runs then find it compiled.
     kept = TrainConfig(
         steps=config.steps,
@@ -113,19 +108,27 @@ def fit(
 
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.callback(lambda: nnx.update(model, nnx.merge_state(params, frozen, rest)))
         checkpointer = stop = profiler = None
         first = 0
         if workdir is not None:
             checkpointer = stack.enter_context(Checkpointer(workdir, config.keep_checkpoints))
-            found = checkpointer.restore_latest(nnx.merge_state(params, frozen, rest), opt_state)
-            if found is not None:
-                first, restored, opt_state, data_state = found
-                nnx.update(model, restored)
-                _, params, frozen, rest = split(model, config.trainable)
-                batches.set_state(data_state)
+            first = checkpointer.latest_step or 0
             if first > config.steps:
                 raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
+        if checkpointer is not None and first:
+            template = placed(shapes(model, config), mesh)
+            rest = jax.tree.map(lambda x: put(x, replicated(mesh)), split(model, config.trainable)[3])
+            wanted = nnx.merge_state(template.params, template.frozen, rest)
+            checkpointer.check(first, wanted, template.opt_state)
+            nnx.update(model, nnx.merge_state(template.params, template.frozen))  # lets go of the arrays it had
+            restored, opt_state, data_state = checkpointer.restore(first, wanted, template.opt_state)
+            nnx.update(model, restored)
+            _, params, frozen, rest = split(model, config.trainable)
+            batches.set_state(data_state)
+        else:
+            params, opt_state, rest, frozen = begin(model, config, mesh)
+        stack.callback(lambda: nnx.update(model, nnx.merge_state(params, frozen, rest)))
+        if workdir is not None:
             stop = stack.enter_context(_StopRequest())
             if config.profile_steps:
                 profiler = _Profiler(Path(workdir) / "profile", *config.profile_steps)

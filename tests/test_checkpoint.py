@@ -49,15 +49,14 @@ def assert_same(got: Any, wanted: Any) -> None:
 
 def test_newest_are_kept_and_come_back_equal(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=2) as checkpointer:
-        assert checkpointer.restore_latest(template(), template()) is None
+        assert checkpointer.latest_step is None
         for step in (1, 2, 3):
             checkpointer.save(step, tree(float(step)), tree(10.0 + step), {"position": step})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     with Checkpointer(tmp_path, keep=2) as checkpointer:
-        found = checkpointer.restore_latest(template(), template())
-    assert found is not None
-    step, model, optimizer, data = found
-    assert (step, data) == (3, {"position": 3})
+        assert checkpointer.latest_step == 3
+        model, optimizer, data = checkpointer.restore(3, template(), template())
+    assert data == {"position": 3}
     assert_same(model, tree(3.0))
     assert_same(optimizer, tree(13.0))
 
@@ -71,15 +70,17 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
             checkpointer.save(step, {"x": state}, {"count": jnp.array(step)}, {})
             state = replace(state)
             state.block_until_ready()
-        found = checkpointer.restore_latest({"x": state}, {"count": jnp.array(0)})
-    assert found is not None
-    np.testing.assert_array_equal(found[1]["x"], np.full(1_000_000, 4.0))
+        model, _, _ = checkpointer.restore(
+            5, {"x": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)}, {"count": jnp.array(0)}
+        )
+    np.testing.assert_array_equal(model["x"], np.full(1_000_000, 4.0))
 
 
 def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
-    """Kills a process in the middle of writing, several times; what is found afterwards is always whole."""
+    """Kills a process that saves all the time, at random moments; what is found afterwards is always whole."""
     highest = 0
-    for attempt in range(2):
+    delays = np.random.default_rng(0).uniform(0, 0.15, int(os.environ.get("PYVDL_KILLS", "5")))
+    for delay in delays:
         process = subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -89,20 +90,40 @@ def test_half_written_checkpoints_are_not_taken(tmp_path: Path) -> None:
         assert process.stdout is not None
         for _ in range(3):  # the third begins when the first is whole and the second is being written
             assert process.stdout.readline().startswith("saving")
-        time.sleep(0.01 + 0.03 * attempt)
+        time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=30)
         with Checkpointer(tmp_path, keep=2) as checkpointer:
-            found = checkpointer.restore_latest(big(0), big(0))
-        assert found is not None
-        step, model, optimizer, data = found
-        assert step > highest
+            step = checkpointer.latest_step
+            assert step is not None
+            assert step > highest
+            model, optimizer, data = checkpointer.restore(step, big(0), big(0))
         assert data == {"position": step}
         assert_same(model, big(step))
         assert_same(optimizer, big(step + 1))
         highest = step
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(highest + 1, big(0), big(0), {})
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert all(name.isdecimal() for name in names), "leftovers of the crashes are cleared away"
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    def steps() -> list[int]:
+        return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, loss in enumerate((3.0, 1.0, 2.0, None, 4.0), 1):
+            checkpointer.save(step, tree(float(step)), tree(0.0), {}, loss=loss)
+        assert checkpointer.best_step == 2
+    assert steps() == [2, 4, 5]
+    with Checkpointer(tmp_path, keep=2) as checkpointer:  # what was best is known to the next run
+        assert (checkpointer.best_step, checkpointer.latest_step) == (2, 5)
+        checkpointer.save(6, tree(6.0), tree(0.0), {}, loss=0.5)
+        assert checkpointer.best_step == 6
+        model, _, _ = checkpointer.restore(5, template(), template())
+    assert_same(model, tree(5.0))
+    assert steps() == [5, 6]
 
 
 def test_a_checkpoint_without_its_final_name_is_ignored(tmp_path: Path) -> None:
@@ -119,9 +140,9 @@ def test_another_shape_or_name_is_refused(tmp_path: Path) -> None:
         checkpointer.save(1, tree(1.0), tree(2.0), {})
         checkpointer.wait()
         with pytest.raises(ValueError, match=r"1, model.*lacks \['b'\] and has \['list.0', 'list.1'\] too much"):
-            checkpointer.restore_latest({"a": jnp.zeros((3, 2)), "b": jnp.zeros(1)}, template())
+            checkpointer.check(1, {"a": jnp.zeros((3, 2)), "b": jnp.zeros(1)}, template())
         with pytest.raises(ValueError, match=r"1, optimizer: a is float32\[3, 2\], the model wants bfloat16\[3, 2\]"):
-            checkpointer.restore_latest(template(), {**template(), "a": jnp.zeros((3, 2), jnp.bfloat16)})
+            checkpointer.check(1, template(), {**template(), "a": jnp.zeros((3, 2), jnp.bfloat16)})
 
 
 def test_keep_must_be_positive(tmp_path: Path) -> None:
