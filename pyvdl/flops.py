@@ -3,7 +3,18 @@ values by all tokens. What is computed again for a backward pass does not count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+
+# Dense bfloat16, float32 sums, without sparsity, a second, by JAX's names of devices: the makers' data sheets.
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def tower_flops(config: ViTConfig | TextTowerConfig, tokens: int) -> float:
@@ -73,3 +84,26 @@ def caption_flops(config: VLMConfig, prompt: int, samples: int, length: int) -> 
     own = gemma_flops(language, length) - 4.0 * language.depth * length**2 * language.num_heads * language.head_dim
     head = 2.0 * length * language.width * language.vocab_size
     return vision_flops(config) + gemma_flops(language, tokens) + samples * (own + attention + head)
+
+
+def training_flops(
+    config: VLMConfig | DualEncoderConfig, trainable: Sequence[str], batch: int, prompt: int = 0, target: int = 0
+) -> float:
+    """Of a training step: backward there are as many again for the inputs of products and for their weights.
+
+    trainable: prefixes of parameters. A frozen part that stands after a trained one needs the inputs' alone, one that
+    stands before all trained ones neither. prompt, target: tokens of a VLM's texts.
+    """
+
+    def moves(*parts: str) -> bool:
+        return any(not prefix or prefix.split("/")[0] in parts for prefix in trainable)
+
+    if isinstance(config, DualEncoderConfig):
+        video = vit_flops(config.vision) * (3 if moves("vision", "pool", "vision_projection") else 1)
+        text = tower_flops(config.text, config.text.context_length) * (3 if moves("text", "text_projection") else 1)
+        return batch * (video + text) + 3 * 2.0 * batch**2 * config.embed_dim
+    seen = vision_flops(config)
+    heard = vlm_flops(config, prompt, target) - seen
+    sees, hears = moves("vision", "projection"), moves("language")
+    through = 3 if hears else 2 if sees or moves("soft_prompt") else 1
+    return batch * ((3 if sees else 1) * seen + through * heard)

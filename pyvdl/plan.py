@@ -26,6 +26,7 @@ from typing import Any
 
 from pyvdl import config as settings
 from pyvdl.config import CaptionConfig, Preset, TrainConfig
+from pyvdl.flops import PEAK_FLOPS
 
 RECIPES = ("visual", "language", "train", "caption")
 PATIENCE_SECONDS = 600.0
@@ -49,9 +50,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 << 30, 819e9, 200e9, 1.5e9, "v5litepod-4", "v5e:2x2"),
-    "v5p": Chip(459e12, 95 << 30, 2765e9, 600e9, 1.75e9, "v5p-8", "v5p:2x2x1"),
-    "v6e": Chip(918e12, 32 << 30, 1640e9, 448e9, 1.75e9, "v6e-4", "v6e:2x2"),
+    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 16 << 30, 819e9, 200e9, 1.5e9, "v5litepod-4", "v5e:2x2"),
+    "v5p": Chip(PEAK_FLOPS["TPU v5"], 95 << 30, 2765e9, 600e9, 1.75e9, "v5p-8", "v5p:2x2x1"),
+    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 32 << 30, 1640e9, 448e9, 1.75e9, "v6e-4", "v6e:2x2"),
 }
 
 

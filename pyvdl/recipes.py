@@ -24,6 +24,7 @@ from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Question, Record
+from pyvdl.flops import training_flops
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
@@ -48,6 +49,7 @@ _FREE = {
     "tensor",
     "accumulate",
     "profile_steps",
+    "tensorboard",
 }
 
 
@@ -163,11 +165,14 @@ def adapt(
         config = dataclasses.replace(config, trainable=("soft_prompt",))
     encode: Encode
     if stage == "visual":
-        encode = short_captions(tokenizer, target_length=sizes.caption_length)
+        prompt, target = encode_prompts(tokenizer, [CAPTION_PROMPT]).shape[1], sizes.caption_length
+        encode = short_captions(tokenizer, target_length=target)
     else:
-        encode = instructions(tokenizer, prompt_length=sizes.prompt_length, target_length=sizes.target_length)
+        prompt, target = sizes.prompt_length, sizes.target_length
+        encode = instructions(tokenizer, prompt_length=prompt, target_length=target)
     asked = _asked(f"adapt {stage}", preset, start, model, tokenizer)
-    return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked, mixture)
+    flops = training_flops(model.config, config.trainable, config.batch_size, prompt, target)
+    return _run(model, tokenizer, vlm_loss, records, encode, config, Path(out), asked, flops, mixture)
 
 
 def train(
@@ -184,7 +189,8 @@ def train(
     model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
     encode = one_text(tokenizer, records, length=model.config.text.context_length)
     asked = _asked("train", preset, start, model, tokenizer)
-    return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked)
+    flops = training_flops(model.config, config.trainable, config.batch_size)
+    return _run(model, tokenizer, contrastive_loss_fn, records, encode, config, Path(out), asked, flops)
 
 
 def _asked(
@@ -253,6 +259,7 @@ def _run(
     config: TrainConfig,
     out: Path,
     asked: dict[str, Any],
+    flops: float,
     mixture: Sequence[tuple[int, float]] | None = None,
 ) -> History:
     check_settings(model, config)  # before the folder is claimed for them
@@ -274,7 +281,16 @@ def _run(
     mixed = {} if mixture is None else {"mixture": mixture}
     claim(out / RUN_FILE, asked | mixed | {"data_sha256": _digest(records), "model": shape, "train": kept})
     with closing(batches):
-        history = fit(model, loss, batches, config, workdir=out, name=asked["job"])
+        history = fit(
+            model,
+            loss,
+            batches,
+            config,
+            workdir=out,
+            name=asked["job"],
+            step_flops=flops,
+            key_of=lambda number: records[number].key,
+        )
     save_model(out / "model", model, model.config, tokenizer)
     return history
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,15 +24,13 @@ from jax.sharding import Mesh
 
 from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import TrainConfig
-from pyvdl.optim import make_optimizer, make_schedule
+from pyvdl.log import History, Log, sentence
+from pyvdl.optim import make_optimizer
 from pyvdl.progress import Progress
 from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put, put_batch, replicated
 from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
 from pyvdl.text import PAD_ID
 
-# What a later run reads of a line of metrics.jsonl.
-_LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
-_MOST_SKIPPED = 100  # steps in a row that are not finite, before a run that skips them stops too
 _HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
 
 
@@ -50,23 +46,6 @@ class BatchSource(Protocol):
         """Goes on from a position that `get_state` returned."""
 
 
-@dataclasses.dataclass
-class History:
-    """What a run did, earlier runs that it resumed included. Times leave out the first step (compilation) of each."""
-
-    steps: np.ndarray  # int64[N], counted from 1
-    losses: np.ndarray  # float32[N]
-    grad_norms: np.ndarray  # float32[N]
-    seconds: float
-    wait_seconds: float  # of `seconds`, in which the device had nothing to do because the next batch was not there
-    compile_seconds: float
-
-    @property
-    def wait_share(self) -> float:
-        """Share of the time in which the model waited for data."""
-        return self.wait_seconds / self.seconds if self.seconds else 0.0
-
-
 def fit(
     model: nnx.Module,
     loss_fn: LossFunction,
@@ -76,16 +55,20 @@ def fit(
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     name: str = "train",
+    step_flops: float | None = None,
+    key_of: Callable[[int], str] = str,
 ) -> History:
     """Trains `model` in place for `config.steps` steps and returns what happened.
 
     `loss_fn(model, batch)` returns the loss and a dict of scalars to log. Only parameters below the prefixes
     `config.trainable` (path components joined by "/") get gradients and optimizer state. With a `workdir` the run
     writes metrics.jsonl and checkpoints there, goes on from the newest checkpoint if there is one, and a SIGTERM makes
-    it save and exit with status 0. Raises ValueError when a prefix names no parameter or `batches` ends early,
-    FloatingPointError when the loss or the gradient is no longer finite (it names the step and its records; the newest
-    checkpoint is of before), RuntimeError when not one clip of a whole log interval could be used (the loss reports
-    `failed_share`).
+    it save and exit with status 0. `step_flops` are the operations that the model needs for a step: with them the share
+    of the devices' peak is told where it is known. `key_of` names a record by its number in `batches`.
+
+    Raises ValueError when a prefix names no parameter or `batches` ends early, FloatingPointError when the loss or the
+    gradient is no longer finite (it names the step and its records; the newest checkpoint is of before), RuntimeError
+    when not one clip of a whole log interval could be used (the loss reports `failed_share`).
     """
     check_settings(model, config)
     mesh = make_mesh(config.fsdp, config.tensor)
@@ -133,7 +116,7 @@ def fit(
             if config.profile_steps:
                 profiler = _Profiler(Path(workdir) / "profile", *config.profile_steps)
                 stack.callback(profiler.close)
-        log = _Log(config, workdir, first)
+        log = stack.enter_context(Log(config, workdir, first, mesh, step_flops=step_flops, key_of=key_of))
         bar = stack.enter_context(
             Progress(name, config.steps, done=first, enabled=progress and jax.process_index() == 0)
         )
@@ -159,9 +142,11 @@ def fit(
                 stopping or step == config.steps or step % config.checkpoint_every == 0
             )
             if saving or step == config.steps or step % config.log_every == 0:
-                bar.note(log.write(step, source.take_wait_seconds(), source.rows))
+                line = log.write(step, source.take_wait_seconds(), source.rows)
+                bar.note(sentence(line))
             if saving and checkpointer is not None:
-                checkpointer.save(step, nnx.merge_state(params, frozen, rest), opt_state, data_state)
+                model_state = nnx.merge_state(params, frozen, rest)
+                checkpointer.save(step, model_state, opt_state, data_state, loss=line["loss"])
             if stopping and checkpointer is not None:
                 checkpointer.wait()
                 bar.note(f"stopped by SIGTERM, saved step {step}")
@@ -287,148 +272,6 @@ class _Ahead:
         """Returns the waiting time since the last call."""
         result, self.wait_seconds = self.wait_seconds, 0.0
         return result
-
-
-class _Log:
-    """Keeps each step's scalars on the device until a line of metrics.jsonl is due."""
-
-    def __init__(self, config: TrainConfig, workdir: str | os.PathLike[str] | None, first: int) -> None:
-        self._schedule = make_schedule(config.optim, config.steps)
-        self._path: Path | None = None
-        self._lines: list[dict[str, Any]] = []  # of the runs before and of this one
-        self._pending: list[dict[str, jax.Array]] = []
-        self._records: list[Any] = []  # of the pending steps
-        self._skip = config.skip_nonfinite
-        self._bad_in_a_row = 0
-        self._timed_steps = 0
-        self._compile_seconds = 0.0
-        self._start = self._created = time.perf_counter()
-        if workdir is not None:
-            path = Path(workdir) / "metrics.jsonl"
-            self._lines = _read_lines(path, first)
-            if jax.process_index() == 0:
-                self._path = path
-                _replace_lines(path, self._lines)
-
-    def add(self, scalars: dict[str, jax.Array], index: Any) -> None:
-        self._pending.append(scalars)
-        self._records.append(index)
-        self._timed_steps += 1
-
-    def begin_clock(self, loss: jax.Array) -> None:
-        """Waits for the first step of this process and leaves it out of the rates."""
-        loss.block_until_ready()
-        self._start = time.perf_counter()
-        self._compile_seconds = self._start - self._created
-        self._timed_steps = 0
-
-    def write(self, step: int, wait_seconds: float, rows: int) -> str:
-        """Fetches the scalars since the last line, writes them and returns a sentence for the eye."""
-        fetched = jax.device_get(self._pending)
-        self._pending = []
-        now = time.perf_counter()
-        elapsed, self._start = now - self._start, now
-        records, self._records = self._records, []
-        losses = [float(scalars["loss"]) for scalars in fetched]
-        norms = [float(scalars["grad_norm"]) for scalars in fetched]
-        good = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
-        skipped = len(good) - sum(good)
-        for is_good in good:
-            self._bad_in_a_row = 0 if is_good else self._bad_in_a_row + 1
-        if skipped and (not self._skip or self._bad_in_a_row >= _MOST_SKIPPED):
-            i = good.index(False)
-            of = "" if records[i] is None else f" (records {', '.join(map(str, records[i][:16]))})"
-            at = step - len(losses) + 1 + i
-            raise FloatingPointError(
-                f"step {at}: loss {losses[i]}, gradient norm {norms[i]}: expected finite numbers{of}"
-            )
-        failed_share = float(np.mean([scalars.get("failed_share", 0.0) for scalars in fetched]))
-        if failed_share == 1.0:
-            raise RuntimeError(
-                f"step {step}: no clip of the last {len(fetched)} steps could be decoded; see the warnings"
-            )
-        rate = self._timed_steps / elapsed if self._timed_steps else None
-        self._timed_steps = 0
-        before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
-        line: dict[str, Any] = {
-            "step": step,
-            **{
-                key: float(np.mean([scalars[key] for scalars, is_good in zip(fetched, good) if is_good]))
-                if any(good)
-                else None
-                for key in sorted(fetched[0])
-            },
-            "learning_rate": float(self._schedule(step - 1)),
-            "steps_per_second": rate,
-            "clips_per_second": rate and rate * rows,
-            "wait_share": wait_seconds / elapsed,
-            "seconds": before["seconds"] + elapsed,
-            "wait_seconds": before["wait_seconds"] + wait_seconds,
-            "compile_seconds": before["compile_seconds"] + self._compile_seconds,
-            "skipped": skipped,
-            "losses": [loss if is_good else None for loss, is_good in zip(losses, good)],
-            "grad_norms": [norm if is_good else None for norm, is_good in zip(norms, good)],
-        }
-        self._compile_seconds = 0.0
-        self._lines.append(line)
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint must never be ahead of the metrics
-        speed = f"  {line['clips_per_second']:.1f} clips/s" if rate else ""
-        failed = f"  failed clips {failed_share:.1%}" if failed_share else ""
-        failed += f"  skipped steps {skipped}" if skipped else ""
-        if not any(good):
-            return f"no step was finite{speed}{failed}"
-        return (
-            f"loss {line['loss']:.4f}  grad {line['grad_norm']:.3g}  lr {line['learning_rate']:.3g}{speed}"
-            f"  wait {line['wait_share']:.1%}{failed}"
-        )
-
-    def history(self) -> History:
-        steps = [line["step"] - len(line["losses"]) + 1 + i for line in self._lines for i in range(len(line["losses"]))]
-        last = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
-        return History(
-            steps=np.array(steps, np.int64),
-            losses=np.array([loss for line in self._lines for loss in line["losses"]], np.float32),
-            grad_norms=np.array([norm for line in self._lines for norm in line["grad_norms"]], np.float32),
-            seconds=last["seconds"],
-            wait_seconds=last["wait_seconds"],
-            compile_seconds=last["compile_seconds"],
-        )
-
-
-def _read_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of the file at `path` but for those after `last_step`, whose steps are about to be done again."""
-    if not path.exists():
-        return []
-    kept: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            if number == len(texts):
-                break  # cut short by a crash
-            line = None
-        if not isinstance(line, dict) or not line.keys() >= _LINE_KEYS:
-            raise ValueError(
-                f"{path}:{number}: expected one JSON object with {', '.join(sorted(_LINE_KEYS))}; "
-                "delete the file to go on without this history"
-            )
-        if line["step"] <= last_step:
-            kept.append(line)
-    return kept
-
-
-def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not lines and not path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class _Profiler:

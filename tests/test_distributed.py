@@ -58,14 +58,16 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train.jsonl"
 
 
-def start_all(job: str, manifest: Path, out: Path, count: int, models: Path) -> list[subprocess.Popen[str]]:
+def start_all(
+    job: str, manifest: Path, out: Path, count: int, models: Path, *settings: str
+) -> list[subprocess.Popen[str]]:
     """As many processes, which have as many devices in all whatever their number. models: where visual/model is."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    verb, settings = JOBS[job]
+    verb, own = JOBS[job]
     command = [sys.executable, "-m", "pyvdl", *verb, "--data", str(manifest), "--out", str(out)]
-    command += [f"--set={setting}" for setting in (*COMMON, *settings)]
+    command += [f"--set={setting}" for setting in (*COMMON, *own, *settings)]
     if job == "language":
         command += ["--model", str(models / "visual" / "model")]
     if count > 1:
@@ -83,7 +85,8 @@ def start_all(job: str, manifest: Path, out: Path, count: int, models: Path) -> 
     return started
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> None:
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each process printed; all must end well."""
     try:
         told = [process.communicate(timeout=400)[0] for process in processes]
     finally:
@@ -91,6 +94,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
             process.kill()
     for process, text in zip(processes, told, strict=True):
         assert process.returncode == 0, text[-3000:]
+    return told
 
 
 def result(out: Path) -> tuple[list[float], dict[str, Any]]:
@@ -121,9 +125,12 @@ def alone(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("job", "count"), [("visual", 4), ("language", 2), ("dual encoder", 2)])
-def test_several_processes_train_as_one(job: str, count: int, manifest: Path, alone: Path, tmp_path: Path) -> None:
-    finish(start_all(job, manifest, tmp_path / "run", count, alone))
+@pytest.mark.parametrize(("job", "count", "fsdp"), [("visual", 4, 1), ("language", 2, 4), ("dual encoder", 2, 1)])
+def test_several_processes_train_as_one(
+    job: str, count: int, fsdp: int, manifest: Path, alone: Path, tmp_path: Path
+) -> None:
+    """With fsdp 4 no process has a whole matrix, neither of the model that it starts from nor of what it saves."""
+    finish(start_all(job, manifest, tmp_path / "run", count, alone, f"fsdp={fsdp}"))
     compare(tmp_path / "run", alone / job)
 
 
@@ -145,6 +152,25 @@ def test_a_killed_process_is_started_again(manifest: Path, alone: Path, tmp_path
     finish(start_all("dual encoder", manifest, out, 2, alone))
     compare(out, alone / "dual encoder")
     assert (out / "metrics.jsonl").read_text().splitlines()[:2] == before  # times and all: nothing was done again
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step(manifest: Path, alone: Path, tmp_path: Path) -> None:
+    """As a preempted host is told. All save that step and exit with 0; started again, they end as if never stopped."""
+    out = tmp_path / "run"
+    processes = start_all("dual encoder", manifest, out, 2, alone)
+    deadline = time.monotonic() + 300
+    while not (out / "run.json").exists():  # the steps are compiled next
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    told = finish(processes)
+    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    assert saved < STEPS
+    assert f"stopped by SIGTERM, saved step {saved}" in told[0]
+    assert not (out / "model").exists()
+    finish(start_all("dual encoder", manifest, out, 2, alone))
+    compare(out, alone / "dual encoder")
 
 
 def test_joining_nobody_says_what_to_set(manifest: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,9 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from tensorboardX.proto import event_pb2
 
 from pyvdl import kernels
 from pyvdl.config import OptimConfig, TrainConfig
+from pyvdl.flops import PEAK_FLOPS
+from pyvdl.log import sentence
 from pyvdl.sharding import put_batch
 from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
 
@@ -175,8 +179,9 @@ class Poisoned(Source):
 
 
 def test_non_finite_loss_stops_and_names_the_step_and_its_records() -> None:
-    with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*\(records 300, 301, 302"):
-        fit(Model(rngs=nnx.Rngs(0)), broken_loss, Poisoned(), CONFIG, progress=False)
+    for name, told in ((str, "300, 301, 302"), ("clip {}".format, "clip 300, clip 301")):
+        with pytest.raises(FloatingPointError, match=rf"step 3: loss nan.*\(records {told}"):
+            fit(Model(rngs=nnx.Rngs(0)), broken_loss, Poisoned(), CONFIG, progress=False, key_of=name)
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -194,7 +199,7 @@ def test_non_finite_steps_are_left_out_and_counted(log_every: int, tmp_path: Pat
 
 
 def test_a_run_of_nothing_but_bad_steps_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyvdl.train._MOST_SKIPPED", 3)
+    monkeypatch.setattr("pyvdl.log._MOST_SKIPPED", 3)
 
     def never(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss, scalars = square_loss(model, batch)
@@ -243,6 +248,46 @@ def test_metrics_have_every_log_step_once(uninterrupted: tuple[History, dict[str
     assert line["clips_per_second"] == pytest.approx(8 * line["steps_per_second"])
 
 
+def test_the_share_of_peak_is_told_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, steps=4, log_every=2)
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        fit(Model(rngs=nnx.Rngs(0)), square_loss, Source(), config, workdir=tmp_path / name, step_flops=100.0)
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert all("share_of_peak" not in line for line in lines("unknown"))
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
+    for line in lines("known"):
+        assert line["share_of_peak"] == pytest.approx(100.0 * line["steps_per_second"] / 1e6)
+        assert f"{line['share_of_peak']:.1%} of peak" in sentence(line)
+
+
+def scalars_of(folder: Path) -> list[tuple[int, str, float]]:
+    """TensorBoard's events: records with their length before, a checksum behind it and one behind the record."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_gets_what_the_lines_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, tensorboard=True)
+    history, _ = run(tmp_path, config)
+    found = scalars_of(tmp_path / "tensorboard")
+    losses = {step: value for step, name, value in found if name == "loss"}
+    assert sorted(losses) == [4, 5, 8, 10, 12]
+    assert losses[8] == pytest.approx(np.mean(history.losses[5:8]))
+    assert {"grad_norm", "learning_rate", "clips_per_second", "wait_share", "mean_error"} <= {x[1] for x in found}
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyvdl\[log\]'"):
+        run(tmp_path / "without", config)
+
+
 def test_a_damaged_history_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected .*losses.*delete the file"):
@@ -272,7 +317,10 @@ def test_a_finished_run_is_not_run_again(uninterrupted: tuple[History, dict[str,
     assert source.number == 12  # the state of its data, nothing drawn
     assert history.losses.tobytes() == uninterrupted[0].losses.tobytes()
     assert all(np.array_equal(params[name], value) for name, value in uninterrupted[1].items())
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["step"] in (5, 10, 12)}
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {10, 12, min(losses, key=lambda step: losses[step])}, "the newest two, and the best"
 
 
 def test_another_run_in_the_same_workdir_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""What a training run tells of itself: a line each log interval, in metrics.jsonl, and for TensorBoard on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pyvdl.config import TrainConfig
+from pyvdl.flops import PEAK_FLOPS
+from pyvdl.optim import make_schedule
+
+# What a later run reads of a line of metrics.jsonl.
+_LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
+_MOST_SKIPPED = 100  # steps in a row that are not finite, before a run that skips them stops too
+
+
+@dataclasses.dataclass
+class History:
+    """What a run did, earlier runs that it resumed included. Times leave out the first step (compilation) of each."""
+
+    steps: np.ndarray  # int64[N], counted from 1
+    losses: np.ndarray  # float32[N]
+    grad_norms: np.ndarray  # float32[N]
+    seconds: float
+    wait_seconds: float  # of `seconds`, in which the device had nothing to do because the next batch was not there
+    compile_seconds: float
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time in which the model waited for data."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+
+class Log:
+    """Keeps each step's scalars on the device until a line of metrics.jsonl, and of TensorBoard's events, is due."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: str | os.PathLike[str] | None,
+        first: int,
+        mesh: Mesh,
+        *,
+        step_flops: float | None,
+        key_of: Callable[[int], str],
+    ) -> None:
+        """`first` steps are done already; else as `pyvdl.train.fit`."""
+        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+        self._share_of_one_a_second = step_flops and peak and step_flops / (peak * mesh.size)
+        self._key_of = key_of
+        self._schedule = make_schedule(config.optim, config.steps)
+        self._path: Path | None = None
+        self._events: Any = None
+        self._lines: list[dict[str, Any]] = []  # of the runs before and of this one
+        self._pending: list[dict[str, jax.Array]] = []
+        self._records: list[Any] = []  # of the pending steps
+        self._skip = config.skip_nonfinite
+        self._bad_in_a_row = 0
+        self._timed_steps = 0
+        self._compile_seconds = 0.0
+        self._start = self._created = time.perf_counter()
+        if workdir is not None:
+            path = Path(workdir) / "metrics.jsonl"
+            self._lines = _read_lines(path, first)
+            if jax.process_index() == 0:
+                self._path = path
+                _replace_lines(path, self._lines)
+                if config.tensorboard:
+                    self._events = _events(Path(workdir) / "tensorboard", first)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def add(self, scalars: dict[str, jax.Array], index: Any) -> None:
+        self._pending.append(scalars)
+        self._records.append(index)
+        self._timed_steps += 1
+
+    def begin_clock(self, loss: jax.Array) -> None:
+        """Waits for the first step of this process and leaves it out of the rates."""
+        loss.block_until_ready()
+        self._start = time.perf_counter()
+        self._compile_seconds = self._start - self._created
+        self._timed_steps = 0
+
+    def write(self, step: int, wait_seconds: float, rows: int) -> dict[str, Any]:
+        """Fetches the scalars since the last line, and returns the line that it writes of them."""
+        fetched = jax.device_get(self._pending)
+        self._pending = []
+        now = time.perf_counter()
+        elapsed, self._start = now - self._start, now
+        records, self._records = self._records, []
+        losses = [float(scalars["loss"]) for scalars in fetched]
+        norms = [float(scalars["grad_norm"]) for scalars in fetched]
+        good = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
+        skipped = len(good) - sum(good)
+        for is_good in good:
+            self._bad_in_a_row = 0 if is_good else self._bad_in_a_row + 1
+        if skipped and (not self._skip or self._bad_in_a_row >= _MOST_SKIPPED):
+            i = good.index(False)
+            keys = [self._key_of(int(number)) for number in ([] if records[i] is None else records[i][:16])]
+            of = f" (records {', '.join(keys)})" if keys else ""
+            at = step - len(losses) + 1 + i
+            raise FloatingPointError(
+                f"step {at}: loss {losses[i]}, gradient norm {norms[i]}: expected finite numbers{of}"
+            )
+        failed_share = float(np.mean([scalars.get("failed_share", 0.0) for scalars in fetched]))
+        if failed_share == 1.0:
+            raise RuntimeError(
+                f"step {step}: no clip of the last {len(fetched)} steps could be decoded; see the warnings"
+            )
+        rate = self._timed_steps / elapsed if self._timed_steps else None
+        self._timed_steps = 0
+        before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
+        line: dict[str, Any] = {
+            "step": step,
+            **{
+                key: float(np.mean([scalars[key] for scalars, is_good in zip(fetched, good) if is_good]))
+                if any(good)
+                else None
+                for key in sorted(fetched[0])
+            },
+            "learning_rate": float(self._schedule(step - 1)),
+            "steps_per_second": rate,
+            "clips_per_second": rate and rate * rows,
+            "wait_share": wait_seconds / elapsed,
+            "seconds": before["seconds"] + elapsed,
+            "wait_seconds": before["wait_seconds"] + wait_seconds,
+            "compile_seconds": before["compile_seconds"] + self._compile_seconds,
+            "skipped": skipped,
+            "losses": [loss if is_good else None for loss, is_good in zip(losses, good)],
+            "grad_norms": [norm if is_good else None for norm, is_good in zip(norms, good)],
+        }
+        if rate and self._share_of_one_a_second:
+            line["share_of_peak"] = rate * self._share_of_one_a_second
+        self._compile_seconds = 0.0
+        self._lines.append(line)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must never be ahead of the metrics
+        if self._events is not None:
+            for name, value in line.items():
+                if isinstance(value, float) and name not in _LINE_KEYS:
+                    self._events.add_scalar(name, value, step)
+            self._events.flush()
+        return line
+
+    def history(self) -> History:
+        steps = [line["step"] - len(line["losses"]) + 1 + i for line in self._lines for i in range(len(line["losses"]))]
+        last = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
+        return History(
+            steps=np.array(steps, np.int64),
+            losses=np.array([loss for line in self._lines for loss in line["losses"]], np.float32),
+            grad_norms=np.array([norm for line in self._lines for norm in line["grad_norms"]], np.float32),
+            seconds=last["seconds"],
+            wait_seconds=last["wait_seconds"],
+            compile_seconds=last["compile_seconds"],
+        )
+
+
+def _read_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of the file at `path` but for those after `last_step`, whose steps are about to be done again."""
+    if not path.exists():
+        return []
+    kept: list[dict[str, Any]] = []
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            if number == len(texts):
+                break  # cut short by a crash
+            line = None
+        if not isinstance(line, dict) or not line.keys() >= _LINE_KEYS:
+            raise ValueError(
+                f"{path}:{number}: expected one JSON object with {', '.join(sorted(_LINE_KEYS))}; "
+                "delete the file to go on without this history"
+            )
+        if line["step"] <= last_step:
+            kept.append(line)
+    return kept
+
+
+def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not lines and not path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sentence(line: dict[str, Any]) -> str:
+    """A line for the eye."""
+    parts = ["no step was finite"]
+    if line["loss"] is not None:
+        parts = [f"loss {line['loss']:.4f}", f"grad {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.3g}"]
+    if line["clips_per_second"]:
+        parts.append(f"{line['clips_per_second']:.1f} clips/s")
+    if "share_of_peak" in line:
+        parts.append(f"{line['share_of_peak']:.1%} of peak")
+    parts.append(f"wait {line['wait_share']:.1%}")
+    if line.get("failed_share"):
+        parts.append(f"failed clips {line['failed_share']:.1%}")
+    if line["skipped"]:
+        parts.append(f"skipped steps {line['skipped']}")
+    return "  ".join(parts)
+
+
+def _events(folder: Path, first: int) -> Any:
+    """The writer of TensorBoard's events; those after step `first` are about to be written again."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs the package tensorboardX: pip install 'pyvdl[log]'") from error
+    return SummaryWriter(str(folder), purge_step=first + 1)
