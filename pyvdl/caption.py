@@ -265,11 +265,16 @@ def _digest(records: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
-def claim(path: Path, recipe: dict[str, Any]) -> None:
-    """Writes the recipe of a new job, or holds it against that of the job found there."""
-    recipe = json.loads(json.dumps(recipe))  # tuples become lists, as in what is read back
+def claim(path: Path, recipe: dict[str, Any], how: dict[str, Any] | None = None) -> None:
+    """Writes the recipe of a new job, or holds it against that of the job found there.
+
+    `how` stands in the file, too, as it was the last time: how the work is done, which may change, and not what comes
+    out.
+    """
+    recipe, how = json.loads(json.dumps((recipe, how or {})))  # tuples become lists, as in what is read back
+    whole = [json.dumps(recipe | how, indent=1) + "\n"]
     if not path.exists():
-        write_whole(path, [json.dumps(recipe, indent=1) + "\n"])
+        write_whole(path, whole)
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -279,10 +284,13 @@ def claim(path: Path, recipe: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} is damaged: nobody knows what this folder holds; choose another folder, or delete this one"
         )
-    changed = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
+    compared = {*found, *recipe} - {*how}
+    changed = [name for name in sorted(compared) if found.get(name) != recipe.get(name)]
     if changed:
         differences = "; ".join(f"{name} was {found.get(name)!r}, now {recipe.get(name)!r}" for name in changed)
         raise ValueError(f"{path.parent} holds another job ({differences}); choose another folder")
+    if any(found.get(name) != value for name, value in how.items()):
+        write_whole(path, whole)
 
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:

@@ -1,13 +1,14 @@
 """The method's trainings as functions from a manifest to a folder: two stages of the VLM, then the dual encoder.
 
-Each writes `out/run.json` (what was asked for), its checkpoints and metrics, and at the end `out/model`. The same call
-again goes on where the last one stopped; another call on the same folder is refused with the difference.
+Each writes `out/run.json` (every setting, as it was resolved), its checkpoints and metrics, and at the end `out/model`.
+The same call again goes on where the last one stopped; another call on the same folder is refused with the difference.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+import pyvdl
 from pyvdl import config as settings
 from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
@@ -39,7 +41,7 @@ Stage = Literal["visual", "language", "prompt"]
 SOFT_PROMPT = 100  # tokens, as in Lester et al. (arXiv 2104.08691); the paper tells no number
 RUN_FILE = "run.json"
 # How a run is done, not what comes out: these may differ when it is resumed.
-_FREE = {
+_FREE = (
     "num_threads",
     "prefetch",
     "log_every",
@@ -50,7 +52,7 @@ _FREE = {
     "accumulate",
     "profile_steps",
     "tensorboard",
-}
+)
 
 
 def short_captions(tokenizer: Tokenizer, *, target_length: int) -> Encode:
@@ -263,7 +265,8 @@ def _run(
     mixture: Sequence[tuple[int, float]] | None = None,
 ) -> History:
     check_settings(model, config)  # before the folder is claimed for them
-    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    chosen = dataclasses.asdict(config)
+    free = {name: chosen.pop(name) for name in _FREE}
     shape = dataclasses.asdict(model.config)
     batches = Batches(
         records,
@@ -279,7 +282,8 @@ def _run(
     )
     out.mkdir(parents=True, exist_ok=True)
     mixed = {} if mixture is None else {"mixture": mixture}
-    claim(out / RUN_FILE, asked | mixed | {"data_sha256": _digest(records), "model": shape, "train": kept})
+    recipe = asked | mixed | {"data_sha256": _digest(records), "model": shape, "train": chosen}
+    claim(out / RUN_FILE, recipe, {"how": free | _machines(config), "versions": _versions()})
     with closing(batches):
         history = fit(
             model,
@@ -293,6 +297,17 @@ def _run(
         )
     save_model(out / "model", model, model.config, tokenizer)
     return history
+
+
+def _machines(config: TrainConfig) -> dict[str, Any]:
+    mesh = make_mesh(config.fsdp, config.tensor)
+    kind = mesh.devices.flat[0].device_kind
+    return {"mesh": dict(mesh.shape), "processes": jax.process_count(), "device": kind}
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"pyvdl": pyvdl.__version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _digest(records: Sequence[Record]) -> str:

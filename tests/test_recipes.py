@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from flax import nnx
 
 from pyvdl import caption, recipes
 from pyvdl.checkpoint import load_model, save_model
-from pyvdl.config import ClipConfig, T5Config, override, toy
+from pyvdl.config import ClipConfig, T5Config, TrainConfig, override, toy
 from pyvdl.data import Question, Record
 from pyvdl.models import save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
@@ -144,8 +146,18 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     with pytest.raises(ValueError, match=r"another job.*train was"):
         recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=[*SMALL, "seed=1"])
     asked = json.loads((tmp_path / "visual" / "run.json").read_text())
-    assert asked["job"] == "adapt visual"
+    assert (asked["job"], asked["preset"]) == ("adapt visual", "toy")
+    assert asked["model"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    every = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert asked["train"].keys() | asked["how"].keys() == every | {"mesh", "processes", "device"}
     assert asked["train"]["steps"] == 3
+    assert asked["how"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert asked["versions"]["jax"] == jax.__version__
+    # How it is done may change, and the file tells how it was done last.
+    again = [*SMALL, "log_every=2", "num_threads=1"]
+    recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=again)
+    last = json.loads((tmp_path / "visual" / "run.json").read_text())
+    assert last == asked | {"how": asked["how"] | {"log_every": 2, "num_threads": 1}}
 
 
 def test_prompt_tuning_moves_a_soft_prompt_only(records: list[Record], tmp_path: Path) -> None:
