@@ -217,6 +217,8 @@ def cells(case: Case, chip: str, found: Estimate | str) -> list[str]:
     notes = [f"INVALID: {'; '.join(found.broken)}"] if found.broken else []
     if MODES[found.mode]:
         notes.append(MODES[found.mode])
+    if found.memory_bound:
+        notes.append(f"as long as its bytes take; instructions {1e6 * found.cycles / CHIPS[chip].clock_hz:.0f} us")
     timed = found.seconds > 0
     return [
         case.name,

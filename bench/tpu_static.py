@@ -146,8 +146,9 @@ class Estimate:
     chip: str
     mode: str  # "simulate", "model", "compile", or "partly": Pallas kernels simulated, the rest by XLA's model
     cycles: float
-    seconds: float
+    seconds: float  # of the cycles, or of the bytes where these take longer
     floor_seconds: float
+    memory_bound: bool  # the bytes take longer
     flops: float
     useful: float  # share of the MXUs' peak
     busy: float | None  # share of the cycles in which MXUs stream rows, in the Pallas kernels
@@ -398,10 +399,14 @@ def read(
         done = 2 * scale * total["rows"] * chip.mxu_width**2
         if done < ROUNDING * flops and not any("convolution" in row.name for row in rows):
             broken.append(f"only {done / flops:.2f} of the useful flops were executed")
-    floor = floor_seconds(chip, (Product(*product) for product in facts["products"]), facts["hbm_bytes"])
+    products = [Product(*product) for product in facts["products"]]
+    floor = floor_seconds(chip, products, facts["hbm_bytes"])
     seconds = cycles / chip.clock_hz
-    if 0 < seconds < floor:
+    if 0 < seconds < floor_seconds(chip, products, 0):
         broken.append("faster than the floor")
+    memory_bound = 0 < seconds < floor and not broken
+    if memory_bound:  # the simulator's DMAs are faster than the data sheet's bandwidth
+        seconds = floor
     return Estimate(
         spec=spec,
         chip=chip_name,
@@ -409,8 +414,9 @@ def read(
         cycles=cycles,
         seconds=seconds,
         floor_seconds=floor,
+        memory_bound=memory_bound,
         flops=flops,
-        useful=flops / chip.flops_per_cycle / cycles if cycles else 0.0,
+        useful=flops / chip.flops_per_cycle / chip.clock_hz / seconds if seconds else 0.0,
         busy=busy,
         use=use,
         spills_per_cycle=spills,

@@ -126,13 +126,21 @@ def test_an_estimate_puts_profile_and_program_together(profile: Path) -> None:
     [
         ({"flops": FACTS["flops"] * 1.1}, "only 0.91 of the useful flops"),
         ({"products": [[1e6, 128, 128, 1]]}, "faster than the floor"),
-        ({"hbm_bytes": 1e9}, "faster than the floor"),
     ],
 )
 def test_what_cannot_be_makes_a_row_invalid(change: dict[str, Any], told: str, profile: Path) -> None:
     found = tpu_static.read("a:b()", "v5e", "simulate", FACTS | change, HLO, tpu_dumps.profile(profile))
     assert any(told in reason for reason in found.broken)
     assert "INVALID" in tpu_aot.cells(tpu_aot.CASES[0], "v5e", found)[-1]
+
+
+def test_a_program_takes_as_long_as_its_bytes(profile: Path) -> None:
+    found = tpu_static.read("a:b()", "v5e", "simulate", FACTS | {"hbm_bytes": 819e6}, HLO, tpu_dumps.profile(profile))
+    assert found.broken == ()
+    assert found.seconds == found.floor_seconds == pytest.approx(1e-3)
+    assert found.cycles == 2 * (200 + 5 * 100 + 7)
+    assert found.useful == pytest.approx(2 * 16 / 4 / 1.5e6)
+    assert tpu_aot.cells(tpu_aot.CASES[0], "v5e", found)[-1] == "as long as its bytes take; instructions 1 us"
 
 
 def test_a_kernel_without_estimate_makes_a_row_invalid(tmp_path: Path) -> None:
@@ -246,7 +254,7 @@ def test_tuning_traces_the_whole_program_under_its_settings(monkeypatch: pytest.
 
 def test_a_search_tries_every_combination_and_puts_the_fastest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tpu_static.Estimate(
-        "", "v5e", "simulate", 200.0, 2e-6, 1e-6, 0.0, 0.5, None, {}, None, {}, 2**20, 0, 1.0, (), ()
+        "", "v5e", "simulate", 200.0, 2e-6, 1e-6, False, 0.0, 0.5, None, {}, None, {}, 2**20, 0, 1.0, (), ()
     )
 
     def estimate(spec: str, chip: str, *, memory: bool) -> tpu_static.Estimate:
