@@ -32,7 +32,9 @@ from pyvdl.plan import CHIPS, Chip, Request, captioning_tensor, parse_topology, 
 from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
 from pyvdl.step import make_step, placed, shapes, split
 
-KERNEL_SHARE = 0.95  # of their floor that the attention kernels reach by the simulator, `python -m bench.tpu_aot`
+KERNEL_SHARE = (
+    0.95  # of their floor that the attention kernels reach on v5e by the simulator, `python -m bench.tpu_aot`
+)
 CAPTION_TOP_P = 0.95  # the command line's: the nucleus is sorted out whatever its size
 
 
@@ -263,15 +265,15 @@ def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, v
 def _kernel_seconds(label: str, line: str, vision: ViTConfig, chip: Chip) -> float:
     """Of a call of the towers' attention kernels, which the compiler does not estimate: its floor, by `KERNEL_SHARE`.
 
-    Heads of up to 128 fill D of 128 columns of a matrix unit in one product of two (kernels/attention_tpu.py).
+    Heads fill D columns of a matrix unit in one product of two (kernels/attention_tpu.py).
     """
     shape = re.search(r"\[(\d+),(\d+),(\d+)\]", line)  # of the first result: [B, S, N * D]
     if shape is None:
         raise hlo.UnreadableError(f"cannot read the instruction {line[:200]}")
     rows, tokens, width = map(int, shape.groups())
-    head_dim = min(vision.head_dim, 128)
-    product = 2.0 * rows * (width // vision.head_dim) * tokens**2 * 128
-    products = 2 + 3 * head_dim / 128 if "backward" in label else 1 + head_dim / 128
+    filled = min(vision.head_dim / chip.mxu_width, 1)
+    product = 2.0 * rows * (width // vision.head_dim) * tokens**2 * chip.mxu_width
+    products = 2 + 3 * filled if "backward" in label else 1 + filled
     return product * products / chip.flops_per_second / KERNEL_SHARE
 
 

@@ -45,14 +45,15 @@ class Chip:
     hbm_bytes_per_second: float
     link_bytes_per_second: float  # all links of a chip together, one direction
     clock_hz: float  # the peak over the operations of a cycle
+    mxu_width: int  # contraction and columns of one product of a matrix unit
     accelerator: str  # what libtpu is told to compile for
     host: str  # the topology of one host of a larger slice
 
 
 CHIPS = {
-    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 16 << 30, 819e9, 200e9, 1.5e9, "v5litepod-4", "v5e:2x2"),
-    "v5p": Chip(PEAK_FLOPS["TPU v5"], 95 << 30, 2765e9, 600e9, 1.75e9, "v5p-8", "v5p:2x2x1"),
-    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 32 << 30, 1640e9, 448e9, 1.75e9, "v6e-4", "v6e:2x2"),
+    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 16 << 30, 819e9, 200e9, 1.5e9, 128, "v5litepod-4", "v5e:2x2"),
+    "v5p": Chip(PEAK_FLOPS["TPU v5"], 95 << 30, 2765e9, 600e9, 1.75e9, 128, "v5p-8", "v5p:2x2x1"),
+    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 32 << 30, 1640e9, 448e9, 1.75e9, 256, "v6e-4", "v6e:2x2"),
 }
 
 
