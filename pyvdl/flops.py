@@ -103,7 +103,7 @@ def training_flops(
         text = tower_flops(config.text, config.text.context_length) * (3 if moves("text", "text_projection") else 1)
         return batch * (video + text) + 3 * 2.0 * batch**2 * config.embed_dim
     seen = vision_flops(config)
-    heard = vlm_flops(config, prompt, target) - seen
+    heard = vlm_flops(config, config.soft_prompt + prompt, target) - seen
     sees, hears = moves("vision", "projection"), moves("language")
     through = 3 if hears else 2 if sees or moves("soft_prompt") else 1
     return batch * ((3 if sees else 1) * seen + through * heard)

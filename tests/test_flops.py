@@ -6,8 +6,16 @@ import dataclasses
 
 import pytest
 
-from pyvdl.config import GemmaConfig, T5Config, ViTConfig, VLMConfig
-from pyvdl.flops import caption_flops, prefill_flops, vision_flops, vlm_flops
+from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+from pyvdl.flops import (
+    caption_flops,
+    dual_encoder_flops,
+    prefill_flops,
+    training_flops,
+    vision_flops,
+    vit_flops,
+    vlm_flops,
+)
 
 VISION = ViTConfig(image_size=28, width=8, depth=2, num_heads=2, mlp_dim=16)
 T5_MODEL = VLMConfig(vision=VISION, language=T5Config(vocab_size=32, width=8, num_heads=2, head_dim=4, mlp_dim=16))
@@ -35,3 +43,24 @@ def test_a_token_of_a_decoder_sees_the_prefix() -> None:
     assert caption_flops(GEMMA_MODEL, 16, 1, 1) == pytest.approx(prefill_flops(GEMMA_MODEL, 16) + token)
     soft = dataclasses.replace(GEMMA_MODEL, soft_prompt=4)
     assert caption_flops(soft, 12, 2, 3) == pytest.approx(caption_flops(GEMMA_MODEL, 16, 2, 3))
+
+
+def test_a_step_costs_what_the_trained_parts_need() -> None:
+    def step(config: VLMConfig, *trainable: str) -> float:
+        return training_flops(config, trainable, 3, 16, 5)
+
+    seen = vision_flops(T5_MODEL)
+    heard = vlm_flops(T5_MODEL, 16, 5) - seen
+    assert step(T5_MODEL, "") == pytest.approx(3 * 3 * (seen + heard))
+    assert step(T5_MODEL, "vision", "projection") == pytest.approx(3 * (3 * seen + 2 * heard))
+    assert step(T5_MODEL, "language/decoder") == pytest.approx(3 * (seen + 3 * heard))
+    longer = vlm_flops(T5_MODEL, 20, 5) - seen
+    soft = dataclasses.replace(T5_MODEL, soft_prompt=4)
+    assert step(soft, "soft_prompt") == pytest.approx(3 * (seen + 2 * longer))
+    vision = dataclasses.replace(VISION, num_frames=2, class_token=True)
+    pair = DualEncoderConfig(vision=vision, text=TextTowerConfig(vocab_size=32, width=8, num_heads=2, mlp_dim=16))
+    assert training_flops(pair, ("",), 4) == pytest.approx(3 * dual_encoder_flops(pair, 4))
+    tower = 4 * vit_flops(vision)
+    assert training_flops(pair, ("text", "text_projection"), 4) == pytest.approx(
+        3 * dual_encoder_flops(pair, 4) - 2 * tower
+    )
