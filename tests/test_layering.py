@@ -26,6 +26,7 @@ FORBIDDEN = {
     "pyvdl.datasets": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.instruct": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},
+    "pyvdl.log": {"pyvdl.data", "pyvdl.models", "pyvdl.train", "pyvdl.video"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},
 }
 TOP = {"pyvdl.demo", "pyvdl.__main__"}  # nobody below may import these
