@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -120,7 +121,7 @@ def fit(
         bar = stack.enter_context(
             Progress(name, config.steps, done=first, enabled=progress and jax.process_index() == 0)
         )
-        source = _Ahead(batches, mesh, config.steps - first)
+        source = _Ahead(batches, mesh, config.steps - first, stack.enter_context(ThreadPoolExecutor(1)))
         previous: jax.Array | None = None
         for step, (batch, data_state, index) in enumerate(source, first + 1):
             if profiler is not None:
@@ -236,8 +237,9 @@ class _Ahead:
     """Hands out `count` batches as device arrays with the data state after each and the numbers of its records, if they
     are told; the next is copied while one is used."""
 
-    def __init__(self, batches: BatchSource, mesh: Mesh, count: int) -> None:
+    def __init__(self, batches: BatchSource, mesh: Mesh, count: int, watch: Executor) -> None:
         self.wait_seconds = 0.0
+        self._watch = watch
         self.rows = 0
         self._batches, self._mesh, self._count = batches, mesh, count
         self._taken = 0
@@ -252,17 +254,19 @@ class _Ahead:
     def pull(self, running: jax.Array | None) -> None:
         """Fetches the next batch while the step whose result is `running` computes.
 
-        Time spent here counts as waiting only if that step was over before the batch had come.
+        Of the time spent here only that after the end of that step counts as waiting.
         """
         if self._taken == self._count:
             return
         begin = time.perf_counter()
+        over = None if running is None else self._watch.submit(_time_of, running)
         try:
             batch = next(self._batches)
         except StopIteration:
             raise ValueError(f"batches ended after {self._taken} batches; {self._count} steps were to do") from None
-        if running is not None and running.is_ready():  # type: ignore[attr-defined]
-            self.wait_seconds += time.perf_counter() - begin
+        end = time.perf_counter()
+        if running is not None and over is not None and running.is_ready():  # type: ignore[attr-defined]
+            self.wait_seconds += max(0.0, end - max(begin, over.result()))
         self._taken += 1
         arrays = {key: value for key, value in batch.items() if key not in _HOST_ONLY}
         self.rows = len(next(iter(arrays.values()))) * jax.process_count()
@@ -272,6 +276,12 @@ class _Ahead:
         """Returns the waiting time since the last call."""
         result, self.wait_seconds = self.wait_seconds, 0.0
         return result
+
+
+def _time_of(result: jax.Array) -> float:
+    """When it was there."""
+    result.block_until_ready()
+    return time.perf_counter()
 
 
 class _Profiler:

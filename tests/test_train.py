@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -332,23 +333,28 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
 
 
 class Running:
-    """What a step returns before it is done: of each, what is asked is told to `events`."""
+    """What a step returns before it is done; when it is waited for, by the training's own thread, `events` are told."""
 
-    def __init__(self, name: str, ready: bool, events: list[str]) -> None:
-        self._name, self._ready, self._events = name, ready, events
+    def __init__(self, name: str, over: threading.Event, events: list[str]) -> None:
+        self._name, self._over, self._events = name, over, events
 
     def is_ready(self) -> bool:
-        return self._ready
+        return self._over.is_set()
 
     def block_until_ready(self) -> None:
-        self._events.append(f"wait for {self._name}")
+        if threading.current_thread() is threading.main_thread():
+            self._events.append(f"wait for {self._name}")
+            self._over.set()
+        self._over.wait()
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         return np.ones((), np.float32)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, ready: bool, source: Source, steps: int) -> tuple[History, list[str]]:
-    """A training whose steps do nothing, and are over at once or not; and what happened, in its order."""
+def watched(
+    monkeypatch: pytest.MonkeyPatch, over: threading.Event, source: Source, steps: int
+) -> tuple[History, list[str]]:
+    """A training whose steps compute nothing and last until `over` is set; and what happened, in its order."""
     events: list[str] = []
 
     def compiled(*_: Any) -> Any:
@@ -358,7 +364,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, ready: bool, source: Source, steps:
             name = f"step {next(numbers)}"
             assert isinstance(batch["x"], jax.Array)
             events.append(name)
-            return params, opt_state, rest, {"loss": Running(name, ready, events), "grad_norm": np.ones(())}
+            over.clear()
+            return params, opt_state, rest, {"loss": Running(name, over, events), "grad_norm": np.ones(())}
 
         return step
 
@@ -373,17 +380,28 @@ def watched(monkeypatch: pytest.MonkeyPatch, ready: bool, source: Source, steps:
 
 def test_the_next_batch_is_copied_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy of a batch begins before anybody waits for the step before it; at most two steps are under way."""
-    _, events = watched(monkeypatch, False, Source(), 4)
+    history, events = watched(monkeypatch, threading.Event(), Source(), 4)
     # The first step is waited for by itself: it compiles, and the clock begins after it.
     first = ["copy", "step 1", "copy", "wait for step 1"]
     second = ["step 2", "copy", "wait for step 1", "step 3", "copy", "wait for step 2"]
     assert events == [*first, *second, "step 4", "wait for step 3"]
+    assert history.wait_seconds == 0
 
 
-@pytest.mark.parametrize("ready", [True, False])
-def test_waiting_counts_where_the_step_was_over(ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    history, _ = watched(monkeypatch, ready, Source(seconds=0.02), 5)
-    assert 0.06 <= history.wait_seconds <= history.seconds if ready else history.wait_seconds == 0  # of three batches
+def test_waiting_counts_from_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    class Slow(Source):
+        """The step is over at half of the time that a batch takes."""
+
+        def __next__(self) -> dict[str, np.ndarray]:
+            time.sleep(0.05)
+            over.set()
+            time.sleep(0.05)
+            return super().__next__()
+
+    history, _ = watched(monkeypatch, over, Slow(), 5)  # of which three wait: the first is not timed, the last has none
+    assert 0 < history.wait_seconds <= history.seconds - 3 * 0.05
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
