@@ -5,6 +5,7 @@ keyframe: sampling="keyframe" in place of uniform.
 open: the first opening of a file beside libavformat's own reading of its header, and later openings of the same file.
 scaling: a batch on two threads beside one.
 memory: of a ClipLoader, for each thread, and whether it grows with the number of clips.
+cache: an epoch over clips as they are, and as `pyvdl prepare` rewrites them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.cache import compare_cache
 from bench.common import (
     Spread,
     Timing,
@@ -47,7 +49,7 @@ from bench.natives import ROOT, load_limits
 from pyvdl import ClipLoader, ClipRequest, VideoDecoder, sample_clip
 from pyvdl.video import ffmpeg_versions
 
-MODES = ("quality", "keyframe", "open", "scaling", "memory")
+MODES = ("quality", "keyframe", "open", "scaling", "memory", "cache")
 VIEW: dict[str, Any] = {"short_side": SHORT_SIDE, "size": SIZE}
 LEAST_SECONDS = 0.1  # what is shorter is repeated and divided
 OPENINGS = 8  # of fresh copies of a file, in a round
@@ -292,6 +294,8 @@ def run(case_names: Sequence[str], modes: Sequence[str], rounds: int, corpus: Pa
         rows += compare_threads(paths, rounds)
     if "memory" in modes:
         rows += compare_memory(paths, corpus)
+    if "cache" in modes:
+        rows += compare_cache(paths, rounds)
     append_rows(out, {"rounds": rounds, "environment": env}, rows)
     print(f"rows: {out}")
 

@@ -30,9 +30,15 @@ the captions.
 try it:
   demo      the whole method on a small corpus made for it, with a report
 data:
+<<<<<<< HEAD
   probe     what is in video files or a data set, and what is wrong with them
   prepare   render a labelled corpus of real video files
   instruct  questions and answers from captions and narratives
+=======
+  probe     what is in video files, or what is wrong with them
+  prepare   rewrite a data set so that epochs cost less, or render a labelled corpus
+  instruct  questions and answers from narratives
+>>>>>>> 9856e34 (WIP prepare)
 the method:
   adapt     an image vision-language model to video: the visual or the language stage
   caption   videos with the adapted model
@@ -142,13 +148,29 @@ def _parser() -> Parser:
     p = verb(
         "prepare",
         commands.prepare,
-        "Renders and encodes a labelled corpus: video files of several codecs, and the manifests train.jsonl,\n"
+        "Rewrites a data set once, so that every epoch costs less: --to tars encodes each clip anew, small and with\n"
+        "key frames close together, into WebDataset tars; --to arrays samples each clip once, into a zarr3 array that\n"
+        "is read in place of decoding. DIR/clips.jsonl is the manifest of what is there. The same command goes on\n"
+        "where it stopped. Or renders a labelled corpus of real video files (--synthetic): train.jsonl,\n"
         "unlabelled.jsonl and test.jsonl.",
-        "pyvdl prepare --out corpus --clips 200",
+        "pyvdl prepare --data clips.jsonl --to tars --out small --set short_side=256",
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus")
-    p.add_argument("--clips", type=_corpus_size, default=1500, metavar="N", help="clips in all parts (default: 1500)")
-    p.add_argument("--seed", type=_unsigned, default=0, help="of scenes and words (default: 0)")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, nargs="+", metavar="PATH", help=VIDEOS_HELP)
+    what.add_argument("--synthetic", type=_corpus_size, metavar="N", help="render N clips in all parts")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--to", choices=("tars", "arrays"), help="short videos in tars, or clips as arrays")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="of tars: short_side=256, gop=8, crf=20; of arrays: what a clip has, num_frames=8 and size=224 as the "
+        "model's, short_side=256, sampling=uniform, crop=center and so on; again for more",
+    )
+    p.add_argument("--shard-size", type=_positive, metavar="N", help="clips a file (default: 1000 a tar, 64 of arrays)")
+    p.add_argument("--num-threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    p.add_argument("--seed", type=_unsigned, default=0, help="of what is random in scenes or clips (default: 0)")
 
     p = verb(
         "instruct",

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
+from pyvdl.arrays import clip_loader
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.generate import Samples, generate
@@ -29,7 +30,7 @@ from pyvdl.sharding import host_pieces
 from pyvdl.sources import absolute
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
-from pyvdl.video import ClipLoader, ClipRequest
+from pyvdl.video import ClipRequest
 
 ProgressCallback = Callable[[int, int], None]  # (done, total), called now and then
 JOB_FILE = "job.json"
@@ -82,9 +83,7 @@ def clip_batches(
 ) -> Generator[ClipRows]:
     """Decodes the clips of `records` in order, always `batch_size` rows at a time so that one shape is compiled."""
     requests = (ClipRequest(r.source, r.start_seconds, r.end_seconds, clip_seed(r, 0)) for r in records)
-    loader = ClipLoader(
-        requests, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch, **dataclasses.asdict(clip)
-    )
+    loader = clip_loader(records, requests, clip, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch)
     for batch in loader:
         missing = batch_size - len(batch.index)
         if not missing:

@@ -126,11 +126,45 @@ def _probe_dataset(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> int:
+    if arguments.synthetic is not None:
+        return _synthetic(arguments)
+    from pyvdl.cache import to_arrays, to_tars
+    from pyvdl.config import ClipConfig, ShortVideoConfig, override
+    from pyvdl.progress import reporting
+
+    if arguments.to is None:
+        raise UsageError("--data goes with --to: tars or arrays")
+    try:
+        clip = override(ClipConfig(sampling="uniform"), arguments.set if arguments.to == "arrays" else [])
+        video = override(ShortVideoConfig(), arguments.set if arguments.to == "tars" else [])
+    except ValueError as error:
+        raise UsageError(f"--set {error}") from None
+    options: dict[str, Any] = {"num_threads": arguments.num_threads}
+    if arguments.shard_size is not None:
+        options["shard_size"] = arguments.shard_size
+    records = _records(arguments.data)
+    with reporting("prepare") as report:
+        if arguments.to == "arrays":
+            done = to_arrays(records, arguments.out, clip=clip, seed=arguments.seed, progress=report, **options)
+        else:
+            done = to_tars(records, arguments.out, video=video, progress=report, **options)
+    for key, why in done.failed.items():
+        print(f"left out: {key}: {why}", file=sys.stderr)
+    print(
+        f"{done.manifest}: {done.records} clips ({len(done.failed)} left out) in {done.shards} shards, "
+        f"{done.shards_skipped} of them from an earlier run"
+    )
+    return 0
+
+
+def _synthetic(arguments: argparse.Namespace) -> int:
     from pyvdl.progress import reporting
     from pyvdl.synthetic import make_corpus
 
+    if arguments.to is not None or arguments.set or arguments.shard_size is not None:
+        raise UsageError("--to, --set and --shard-size go with --data, not with --synthetic")
     with reporting("prepare") as report:
-        corpus = make_corpus(arguments.out, num_clips=arguments.clips, seed=arguments.seed, progress=report)
+        corpus = make_corpus(arguments.out, num_clips=arguments.synthetic, seed=arguments.seed, progress=report)
     parts = (("train", corpus.train), ("unlabelled", corpus.unlabelled), ("test", corpus.test))
     print(
         f"{corpus.num_files} files; " + "; ".join(f"{arguments.out / name}.jsonl {len(r)} clips" for name, r in parts)

@@ -240,6 +240,21 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortVideoConfig:
+    """What `pyvdl prepare --to tars` makes of a video: H.264 of few pixels, with key frames close together."""
+
+    short_side: int = 256  # pixels; a smaller video keeps its size
+    gop: int = 8  # frames from one key frame to the next
+    crf: int = 20  # x264's constant quality: 0 is lossless, 51 the worst
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "short_side")
+        _at_least(self, 1, "gop")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf must be from 0 to 51, not {self.crf}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: which parts move, for how long, with what."""
 

@@ -7,6 +7,7 @@ Grain orders the records (shuffled anew each epoch, repeated); the C++ loader's 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from pyvdl.config import ClipConfig
-from pyvdl.sources import FileSlice, file_path, with_file_path
+from pyvdl.sources import FileSlice, absolute, file_path, with_file_path
 
 Family = Literal["temporal", "causal", "descriptive", "short"]
 Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
@@ -50,7 +51,7 @@ class Record:
     """One clip: a segment of a video file, and the texts that belong to it."""
 
     key: str
-    video: str  # path, URL, or a member of a tar file as fsspec names it: tar://MEMBER::PATH
+    video: str  # path, URL, or as fsspec names what is in a file: tar://MEMBER::PATH, array://ROW::PATH
     byte_range: tuple[int, int] | None = None  # offset and length of the video in its file; None: all of `video`
     start_seconds: float = 0.0  # from the first shown frame
     end_seconds: float | None = None  # None: to the end of the video
@@ -118,6 +119,18 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(records: Iterable[Record]) -> str:
+    """Names records by what is in them: texts by content, videos by their absolute path, however it was spelled.
+
+    Not by the videos' content: to read millions at each start would take as long as the job.
+    """
+    found = hashlib.sha256()
+    encode = json.JSONEncoder(sort_keys=True, default=lambda x: vars(x) if isinstance(x, Question) else str(x)).encode
+    for record in records:
+        found.update(encode(vars(record) | {"video": absolute(record.video)}).encode())
+    return found.hexdigest()
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -200,10 +213,15 @@ def _to_json(record: Record, folder: Path) -> dict[str, Any]:
         file = Path(path).absolute()
         return os.fspath(file.relative_to(folder) if file.is_relative_to(folder) else file)
 
-    result: dict[str, Any] = {"key": record.key, "video": with_file_path(record.video, shown)}
+    return {"key": record.key, "video": with_file_path(record.video, shown)} | to_fields(record)
+
+
+def to_fields(record: Record) -> dict[str, Any]:
+    """The object of a manifest without key and video: what `parse_record` reads."""
+    result: dict[str, Any] = {}
     for field in dataclasses.fields(Record):
         value = getattr(record, field.name)
-        if field.name in _NAMED and field.name not in result and value != field.default:
+        if field.name in _NAMED - {"key", "video"} and value != field.default:
             result[field.name] = value
     if record.questions:
         result["questions"] = [_question_to_json(question) for question in record.questions]
@@ -232,7 +250,8 @@ class Batches:
     `encode(record, rng)` returned, stacked. `rng` and the seed of the clip's sampling follow from (seed, epoch, index)
     alone. A clip that cannot be decoded has ok False, zeros for frames, and is counted in `failed_clips`. The records
     run on over the ends of epochs; what does not fill a last batch is dropped, or, with drop_remainder=False, filled up
-    with rows of ok False and index -1.
+    with rows of ok False and index -1. Records that are rows of an array (see `pyvdl.arrays`) are read in place of
+    decoding, as they are: of `clip` only the shape counts then.
 
     mixture: sets that the records are made of, one after the other: of each its number of records and its weight, the
     share of all rows that are drawn from it. Each set has epochs of its own. It takes num_epochs None.
@@ -330,16 +349,17 @@ class Batches:
         self._items.clear()
 
     def _next_clips(self) -> tuple[list[_Item], dict[str, np.ndarray]]:
-        from pyvdl.video import ClipLoader
+        from pyvdl.arrays import clip_loader
 
         if self._clips is None:
             assert self._clip is not None
-            self._loader = ClipLoader(
+            self._loader = clip_loader(
+                self._records,
                 self._requests(self._position),
+                self._clip,
                 batch_size=self._batch_size // self._process_count,
                 num_threads=self._num_threads,
                 prefetch=self._prefetch,
-                **dataclasses.asdict(self._clip),
             )
             self._clips = iter(self._loader)
         begin = time.perf_counter()

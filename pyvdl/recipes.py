@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -25,13 +24,12 @@ from pyvdl import config as settings
 from pyvdl.caption import claim, encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
-from pyvdl.data import Batches, Encode, Question, Record
+from pyvdl.data import Batches, Encode, Record, digest
 from pyvdl.flops import training_flops
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
 from pyvdl.sharding import make_mesh, place
-from pyvdl.sources import absolute
 from pyvdl.step import create
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.tokenizers import Tokenizer
@@ -282,7 +280,7 @@ def _run(
     )
     out.mkdir(parents=True, exist_ok=True)
     mixed = {} if mixture is None else {"mixture": mixture}
-    recipe = asked | mixed | {"data_sha256": _digest(records), "model": shape, "train": chosen}
+    recipe = asked | mixed | {"data_sha256": digest(records), "model": shape, "train": chosen}
     claim(out / RUN_FILE, recipe, {"how": free | _machines(config), "versions": _versions()})
     with closing(batches):
         history = fit(
@@ -308,12 +306,3 @@ def _machines(config: TrainConfig) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"pyvdl": pyvdl.__version__, **{name: importlib.metadata.version(name) for name in names}}
-
-
-def _digest(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    encode = json.JSONEncoder(sort_keys=True, default=lambda x: vars(x) if isinstance(x, Question) else str(x)).encode
-    for record in records:
-        # Texts by content, videos by their absolute path, for the reasons that the digest of a captioning job gives.
-        digest.update(encode(vars(record) | {"video": absolute(record.video)}).encode())
-    return digest.hexdigest()

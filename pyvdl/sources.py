@@ -17,7 +17,7 @@ type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 
 _INT64 = (1 << 63) - 1
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_MEMBER = re.compile(r"(tar://.*::)(.*)", re.DOTALL)  # of a tar file, as fsspec writes it: what is in it::its path
+_INSIDE = re.compile(r"(?:tar|array)://.*::(.*)", re.DOTALL)  # as fsspec writes it: what is in a file::its path
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
     | {".vob", ".webm", ".wmv"}
@@ -98,9 +98,9 @@ def is_url(source: str | os.PathLike[str] | FileSlice) -> bool:
 
 
 def file_path(video: str) -> str:
-    """The path or URL of the file that holds the video: itself, or the tar file that it is a member of."""
-    member = _MEMBER.fullmatch(video)
-    return member[2] if member else video
+    """The path or URL of what holds the video: itself, or the tar file or array that it is in."""
+    inside = _INSIDE.fullmatch(video)
+    return inside[1] if inside else video
 
 
 def with_file_path(video: str, change: Callable[[str], str]) -> str:

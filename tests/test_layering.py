@@ -23,6 +23,8 @@ FORBIDDEN = {
     "pyvdl.models": {"pyvdl.data", "pyvdl.train", "pyvdl.video", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.generate": {"pyvdl.data", "pyvdl.train", "pyvdl.video"},
     "pyvdl.archives": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption"},
+    "pyvdl.arrays": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.cache"},
+    "pyvdl.cache": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},
     "pyvdl.datasets": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.instruct": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},

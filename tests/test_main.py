@@ -88,7 +88,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "corpus"
-    assert main(["prepare", "--out", str(folder), "--clips", "24", "--seed", "5"]) == 0
+    assert main(["prepare", "--out", str(folder), "--synthetic", "24", "--seed", "5"]) == 0
     return folder
 
 
@@ -109,6 +109,23 @@ def dual(corpus: Path) -> Path:
     data = ["--data", str(corpus / "unlabelled.jsonl"), "--captions", "human"]
     assert main(["train", *data, "--out", str(out), *TINY_DUAL]) == 0
     return out / "model"
+
+
+def test_training_reads_what_was_prepared(corpus: Path, dual: Path, run: Run, tmp_path: Path) -> None:
+    """On an array of clips, one of which could not be decoded; the program is that of `dual`, which is compiled."""
+    lines = (corpus / "unlabelled.jsonl").read_text()
+    extra = json.dumps({"key": "gone", "video": "videos/gone.mp4", "captions": ["it moves"]})
+    (corpus / "with_gone.jsonl").write_text(f"{lines}{extra}\n")
+    shape = ["--set=num_frames=2", "--set=size=32", "--set=short_side=37"]
+    job = ["--data", corpus / "with_gone.jsonl", "--to", "arrays", *shape, "--out", tmp_path / "cache"]
+    code, out, err = run("prepare", *job)
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'cache' / 'clips.jsonl'}: {len(lines.splitlines())} clips (1 left out) in 1 ")
+    assert "left out: gone: open: No such file or directory" in err
+    data = ["--data", tmp_path / "cache" / "clips.jsonl", "--captions", "human"]
+    assert run("train", *data, "--out", tmp_path / "run", *TINY_DUAL)[0] == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["failed_share"]) == (6, 0)
 
 
 def test_help_names_every_verb_and_each_has_an_example(run: Run) -> None:
@@ -161,8 +178,13 @@ def test_version(run: Run) -> None:
             ["adapt", "--stage", "visual", "--data", "d", "--out", "o", "--set", "model.vision.depth=0"],
             "model.vision.depth",
         ),
-        (["prepare", "--out", "o", "--seed", "-1"], "'-1'"),
-        (["prepare", "--out", "o", "--clips", "9"], "at least 10"),
+        (["prepare", "--synthetic", "20", "--out", "o", "--seed", "-1"], "'-1'"),
+        (["prepare", "--out", "o", "--synthetic", "9"], "at least 10"),
+        (["prepare", "--out", "o"], "one of the arguments --data --synthetic is required"),
+        (["prepare", "--out", "o", "--data", "m.jsonl"], "--data goes with --to"),
+        (["prepare", "--out", "o", "--synthetic", "20", "--to", "tars"], "go with --data"),
+        (["prepare", "--out", "o", "--data", "m.jsonl", "--to", "tars", "--set", "size=2"], "size"),
+        (["prepare", "--out", "o", "--data", "m.jsonl", "--to", "arrays", "--set", "size=0"], "size"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says: str) -> None:

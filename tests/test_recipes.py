@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyvdl import caption, recipes
+from pyvdl import caption, data, recipes
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import ClipConfig, T5Config, TrainConfig, override, toy
 from pyvdl.data import Question, Record
@@ -246,7 +246,7 @@ def test_settings_that_cannot_run_leave_the_folder_free(tmp_path: Path) -> None:
         assert not (out / recipes.RUN_FILE).exists()
 
 
-@pytest.mark.parametrize("digest", [recipes._digest, caption._digest])
+@pytest.mark.parametrize("digest", [data.digest, caption._digest])
 def test_a_job_is_the_same_however_its_paths_are_spelled(
     digest: Callable[[list[Record]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
