@@ -3,8 +3,9 @@
 generate: several captions a clip, clips and tokens a second, beside transformers' generate with the same weights (where
 `make parity` has made its environment); memory with ten captions a clip beside one; the share of the device's peak in
 the prefill, where the peak is known.
-input: training from video files, with the share of the time in which the step waited for them; as fast as one can
-decode, and slower.
+input: training from video files, with the share of the time in which the step waited for them, beside the decoder alone
+and the same steps without files; where decoding has much capacity to spare, and where it has too little; and what a
+large manifest costs.
 step: training steps of the dual encoder and of the video-language model: floating-point operations that the model needs
 for a step, its time, and the share of the peak. Where there is no accelerator, the compiler's estimates for a TPU v5e
 stand beside it.
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import re
 import signal
@@ -48,9 +48,9 @@ from bench.common import (
     progress,
     ratio,
 )
+from bench.input import Repeated, time_input, time_manifest
 from bench.plain import PlainDualEncoder, plain_loss
 from pyvdl.config import (
-    ClipConfig,
     DualEncoderConfig,
     GemmaConfig,
     OptimConfig,
@@ -61,7 +61,6 @@ from pyvdl.config import (
     demo,
     paper,
 )
-from pyvdl.data import Batches, Record
 from pyvdl.flops import PEAK_FLOPS, dual_encoder_flops, prefill_flops, vlm_flops
 from pyvdl.generate import Samples, generate
 from pyvdl.models import VLM, DualEncoder, save_pretrained
@@ -71,8 +70,6 @@ MODES = ("generate", "step", "input")
 REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
 SAMPLES, TOKENS = 10, 32
 MEMORY_PREFIX = 2048  # tokens
-INPUT_BATCH = 16
-INPUTS = {"128p, half a second": (160, 128, 0.5), "720p, two seconds": (1280, 720, 2.0)}  # pixels, seconds
 ESTIMATED = {"dual encoder, ViT-L/14, rematerialised": 32, "VLM, So400m and T5-Large, rematerialised": 4}  # clips
 
 SO400M = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
@@ -247,22 +244,6 @@ def compare_memory(config: VLMConfig) -> list[dict[str, Any]]:
 # --- training steps
 
 
-class _Repeated:
-    """One batch, again and again."""
-
-    def __init__(self, batch: dict[str, np.ndarray]) -> None:
-        self._batch = batch
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return self._batch
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        pass
-
-
 type Case = tuple[Any, Any, dict[str, np.ndarray], float]
 type Make = Callable[[Callable[[], Any]], Any]  # nnx.eval_shape, or a call
 type Sized = Callable[[Make, int], Case]  # by the number of clips
@@ -335,7 +316,7 @@ def _largest(case: tuple[Sized, tuple[int, ...]], steps: int) -> tuple[float, fl
         optim = OptimConfig(name="adafactor", warmup_steps=2)
         config = TrainConfig(steps=steps, batch_size=batch, optim=optim, log_every=steps)
         try:
-            history = fit(model, loss, _Repeated(data), config, progress=False)
+            history = fit(model, loss, Repeated(data), config, progress=False)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch == batches[-1]:
                 raise
@@ -394,48 +375,6 @@ def estimate_steps(wanted: re.Pattern[str]) -> list[dict[str, Any]]:
     return rows
 
 
-# --- input
-
-
-def time_input(steps: int) -> list[dict[str, Any]]:
-    """`fit` on files: clips that decode faster than the model takes them, and clips that do not."""
-    from bench.corpus import Case as Video
-    from bench.corpus import make_clip
-
-    preset = demo(512)
-    table = [["training from files", "clips/s", "decoded alone, clips/s", "waited"]]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (width, height, length) in INPUTS.items():
-            progress(f"input: {name}")
-            video = Video(f"h264-{height}p", ".mp4", "libx264", width, height, seconds=length)
-            path = make_clip(video, Path(folder))
-            records = [Record(key=str(i), video=str(path), captions=("a",)) for i in range(INPUT_BATCH)]
-            text = np.full(preset.dual_encoder.text.context_length, 1, np.int32)
-            clip = dataclasses.replace(preset.contrastive.clip, sampling="uniform")
-
-            def batches(records: list[Record] = records, text: np.ndarray = text, clip: ClipConfig = clip) -> Batches:
-                return Batches(
-                    records, encode=lambda *_: {"text": text}, clip=clip, batch_size=INPUT_BATCH, seed=0, num_threads=1
-                )
-
-            with contextlib.closing(batches()) as alone:
-                next(alone)
-                _, timing = measure(functools.partial(list, itertools.islice(alone, steps)))
-            decoded = steps * INPUT_BATCH / timing.wall_seconds
-            model = DualEncoder(preset.dual_encoder, rngs=nnx.Rngs(0))
-            optim = OptimConfig(name="adamw", warmup_steps=2)
-            config = TrainConfig(steps=steps, batch_size=INPUT_BATCH, optim=optim, log_every=steps)
-            with contextlib.closing(batches()) as source:
-                history = fit(model, contrastive_loss_fn, source, config, progress=False)
-            rate = (steps - 1) * INPUT_BATCH / history.seconds
-            table.append([name, f"{rate:.0f}", f"{decoded:.0f}", f"{history.wait_share:.1%}"])
-            row = {"bench": "input", "case": name, "clips_a_second": rate, "decoded_alone": decoded}
-            rows.append(row | {"wait_share": history.wait_share})
-    print(f"\n{format_table(table)}")
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.end_to_end",
@@ -460,7 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += compare_generation(config, clips, options.rounds)
             rows += compare_memory(config)
         if "input" in options.modes:
-            rows += time_input(8 * options.rounds)
+            rows += time_manifest()
+            rows += time_input(options.rounds)
         if "step" in options.modes:
             steps: list[dict[str, Any]] = []
             try:
