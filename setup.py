@@ -41,6 +41,7 @@ EXTRAS = {
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
     "log": ["tensorboardX>=2.6"],
+    "parquet": ["pyarrow>=16"],
     "int8": ["qwix>=0.1.8"],
     "llm": ["openai>=3", "tenacity>=9.1", "json-repair>=0.50", "py3langid>=0.4"],
     "dev": [

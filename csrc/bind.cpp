@@ -339,6 +339,7 @@ NB_MODULE(_core, m) {
                                   batch->errors, batch->index);
           },
           "patience_seconds"_a)
+      .def("clips_done", &ClipLoader::clips_done)
       .def("close", &ClipLoader::close, nb::call_guard<nb::gil_scoped_release>());
 }
 

@@ -193,6 +193,7 @@ void ClipLoader::work() {
     const size_t clips = group.size();
     lock.unlock();
     run(current, group, worker);
+    clips_done_ += static_cast<int64_t>(clips);
     lock.lock();
     if ((current.done += clips) == current.requests.size()) batch_ready_.notify_all();
   }

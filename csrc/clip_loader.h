@@ -64,6 +64,7 @@ class ClipLoader {
   void close();  // stops the work in progress and joins the threads
 
   const ClipOptions& options() const { return options_; }
+  int64_t clips_done() const { return clips_done_; }  // good or not, since the start: tells whether anything moves
 
  private:
   using Group = std::vector<size_t>;  // clips of one source, by start
@@ -93,6 +94,7 @@ class ClipLoader {
   std::deque<std::unique_ptr<Job>> jobs_;
   int64_t num_submitted_ = 0;
   std::atomic<bool> stopping_ = false;
+  std::atomic<int64_t> clips_done_ = 0;
   std::vector<std::thread> threads_;
 };
 

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from pyvdl import __version__, commands
 from pyvdl.commands import UsageError
 from pyvdl.config import PRESETS
+from pyvdl.rows import FORMATS
 
-VIDEOS_HELP = "video, folder, manifest (.jsonl), or WebDataset tars ('clips/{00000..00099}.tar')"
+VIDEOS_HELP = "video, folder, manifest (.jsonl, .csv, .parquet), or WebDataset tars ('clips/{00000..00099}.tar')"
 DATASETS = (  # names that pyvdl.datasets reads, which help must not import
     "smit, vidln, videocc, internvid, webvid, msrvtt, msrvtt-1ka, msrvtt-qa, vatex, kinetics600, kinetics700,\n"
     "activitynet-captions, activitynet-qa, nextqa-oe, nextqa-mc, ucf101"
@@ -130,7 +131,7 @@ def _parser() -> Parser:
         "pyvdl probe videos/ train.jsonl clip.mp4 --json\n"
         "  pyvdl probe msrvtt --annotations MSRVTT_data.json --videos msrvtt/videos --split val --out val.jsonl",
     )
-    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=f"{VIDEOS_HELP}; or a data set")
+    p.add_argument("paths", nargs="*", metavar="PATH", help=f"{VIDEOS_HELP}; or a data set")
     p.add_argument("--annotations", nargs="+", type=Path, metavar="FILE", help="of the data set, as they are published")
     p.add_argument("--videos", metavar="DIR", help="where the data set's videos are: folder or URL")
     p.add_argument("--split", help="only this one: train, val or test")
@@ -237,7 +238,7 @@ def _parser() -> Parser:
         metavar="DIR",
         help=f"saved VLM, or PaliGemma's folder or npz file (default: {DEMO_MODEL})",
     )
-    p.add_argument("--out", type=Path, metavar="DIR", help="write shards of rows here")
+    p.add_argument("--out", metavar="DIR", help="write shards of rows into this folder or URL, and go on there")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     _add_sampling(p)
 
@@ -302,7 +303,6 @@ def _parser() -> Parser:
     )
     p.add_argument(
         "--captions",
-        type=Path,
         nargs="+",
         required=True,
         metavar="PATH",
@@ -356,8 +356,8 @@ def _add_training(p: Parser) -> None:
 
 
 def _add_videos(p: Parser) -> None:
-    p.add_argument("videos", nargs="*", type=Path, metavar="PATH", help=VIDEOS_HELP)
-    p.add_argument("--videos", nargs="+", type=Path, default=[], metavar="PATH", dest="more_videos", help="the same")
+    p.add_argument("videos", nargs="*", metavar="PATH", help=VIDEOS_HELP)
+    p.add_argument("--videos", nargs="+", default=[], metavar="PATH", dest="more_videos", help="the same")
 
 
 def _add_sampling(p: Parser) -> None:
@@ -368,6 +368,14 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
     p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
+    p.add_argument("--format", choices=FORMATS, default="parquet", help="of --out (default: parquet)")
+    p.add_argument(
+        "--timeout-seconds",
+        type=_seconds,
+        default=60.0,
+        metavar="X",
+        help="that decoding one clip may take, with --out (default: 60)",
+    )
     _add_loading(p)
 
 
@@ -401,6 +409,7 @@ def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: s
 _positive = _number(int, lambda value: value > 0, "a whole number above 0")
 _unsigned = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 _non_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+_seconds = _number(float, lambda value: 0 < value < math.inf, "a number of seconds above 0")
 # Fewer leave a part of the corpus empty; make_corpus refuses them too.
 _corpus_size = _number(int, lambda value: value >= 10, "a whole number of at least 10, clips for all three parts")
 _share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

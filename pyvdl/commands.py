@@ -9,15 +9,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
+    from pyvdl.manifests import Input
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.models.vlm import VLM
+    from pyvdl.progress import Report
     from pyvdl.tokenizers import Tokenizer
     from pyvdl.train import History
 
@@ -26,7 +28,6 @@ MODEL_ONLY = (
     *("base_url", "templates", "seed", "temperature", "max_tokens", "language", "concurrency", "requests_per_minute"),
     *("tokens_per_minute", "timeout_seconds", "retries", "price_in", "price_out"),
 )
-Report = Callable[[int, int], None]  # (done, total)
 Scores = list[tuple[str, float, float, float]]  # name, value, low, high
 
 
@@ -48,12 +49,12 @@ def probe(arguments: argparse.Namespace) -> int:
     if given := [f"--{name}" for name in ("split", "names", "out", "skip_missing") if getattr(arguments, name)]:
         raise UsageError(f"{given[0].replace('_', '-')} goes with a data set and its --annotations and --videos")
     for path in arguments.paths:
-        if str(path) in READERS and not path.exists():
+        if path in READERS and not os.path.exists(path):
             raise UsageError(f"{path} is a data set: name its files with --annotations, their folder with --videos")
     from pyvdl.video import DecodeError, VideoDecoder
 
     rows = []
-    for video, source in {record.video: record.source for record in _named(arguments.paths)}.items():
+    for video, source in {record.video: record.source for record in _input(arguments.paths)}.items():
         row: dict[str, Any] = {"video": video, "status": "ok", "error": None}
         try:
             found = VideoDecoder(source).metadata
@@ -91,7 +92,7 @@ def _probe_dataset(arguments: argparse.Namespace) -> int:
     from pyvdl.data import write_manifest
     from pyvdl.datasets import READERS, Survey, read
 
-    name = str(arguments.paths[0]) if len(arguments.paths) == 1 else None
+    name = arguments.paths[0] if len(arguments.paths) == 1 else None
     if name not in READERS:
         raise UsageError(f"--annotations and --videos go with one data set: {', '.join(READERS)}")
     if not arguments.annotations or arguments.videos is None:
@@ -260,7 +261,7 @@ def _captioned(manifest: Path | None, captions: str | Path | None) -> list[Recor
     """The records of a manifest, with the captions that a folder holds for them if one is given."""
     import dataclasses
 
-    from pyvdl.caption import captions_by_key, read_captions
+    from pyvdl.rows import captions_by_key, read_captions
 
     if manifest is None:
         return []
@@ -309,14 +310,16 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def caption(arguments: argparse.Namespace) -> int:
-    from pyvdl.caption import caption_job, caption_records
+    from pyvdl.caption import caption_records
     from pyvdl.checkpoint import is_public
     from pyvdl.models.vlm import VLM
+    from pyvdl.pipeline import caption_job
     from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
     from pyvdl.text import PALIGEMMA_PROMPT
 
-    records = _asked(arguments)
+    asked = _asked(arguments)
+    records = _listed(asked) if arguments.out is None else []
     model, tokenizer = _load(arguments)
     if not isinstance(model, VLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
@@ -335,8 +338,18 @@ def caption(arguments: argparse.Namespace) -> int:
         options["prompt"] = PALIGEMMA_PROMPT
     if arguments.out is not None:
         with reporting("caption") as report:
-            size = arguments.shard_size
-            done = caption_job(model, tokenizer, records, arguments.out, shard_size=size, progress=report, **options)
+            done = caption_job(
+                model,
+                tokenizer,
+                asked,
+                arguments.out,
+                shard_size=arguments.shard_size,
+                format=arguments.format,
+                timeout_seconds=arguments.timeout_seconds,
+                input_sha256=asked.sha256(),
+                progress=report,
+                **options,
+            )
         print(
             f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
             f"{done.shards_skipped} of them from an earlier run"
@@ -361,9 +374,9 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from pyvdl.caption import write_whole
     from pyvdl.models.vlm import VLM
     from pyvdl.progress import reporting
+    from pyvdl.storage import write_whole
 
     records = _read(arguments.data)
     if arguments.out is not None:
@@ -455,7 +468,7 @@ def embed(arguments: argparse.Namespace) -> int:
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.progress import reporting
 
-    records = _asked(arguments)
+    records = _listed(_asked(arguments))
     _make_way(arguments.out)
     finish = _finish(arguments)
     model = load_weights(arguments.model)
@@ -549,38 +562,11 @@ def _versions() -> dict[str, str]:
     return ours | theirs
 
 
-def _records(paths: Sequence[Path]) -> list[Record]:
-    """As `_named`; a key stands for one clip in what is written, so none may come twice."""
-    found = _named(paths)
-    seen: set[str] = set()
-    for record in found:
-        if record.key in seen:
-            raise UsageError(f"key {record.key!r} is named twice by the paths given: name each clip once")
-        seen.add(record.key)
-    return found
+def _input(paths: Sequence[str]) -> Input:
+    """The clips that `paths` list; of a damaged tar those that are whole, and what is wrong with it."""
+    from pyvdl.manifests import Input
 
-
-def _named(paths: Sequence[Path]) -> list[Record]:
-    """One record for each video or segment that `paths` name: videos, folders of videos, manifests, tars."""
-    from pyvdl.data import Record
-    from pyvdl.sources import VIDEO_SUFFIXES
-
-    found: list[Record] = []
-    for path in paths:
-        if path.suffix in (".jsonl", ".tar") and not path.is_dir():
-            found += _read(path)
-            continue
-        videos = [path]
-        if path.is_dir():
-            videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
-            tars = any(path.glob("*.tar"))
-            if not videos and not tars:
-                raise ValueError(
-                    f"{path}: no video and no tar in this folder (suffixes .tar {' '.join(sorted(VIDEO_SUFFIXES))})"
-                )
-            found += _read(path) if tars else []
-        found += [Record(key=str(video), video=str(video)) for video in videos]
-    return found
+    return Input(paths, on_damage=lambda error: print(f"left out of the data: {error}", file=sys.stderr))
 
 
 def _read(path: Path) -> list[Record]:
@@ -606,14 +592,19 @@ def _check_settings(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--set {error}") from None
 
 
-def _caption_sets(path: Path) -> dict[str, list[str]]:
+def _caption_sets(path: str) -> dict[str, list[str]]:
     """The texts of a captioning job's file or folder, or those of a manifest by kind; names for a table's columns."""
-    from pyvdl.caption import JOB_FILE, read_captions
+    from pyvdl.jobs import JOB_FILE
+    from pyvdl.rows import read_captions
+    from pyvdl.storage import Folder
 
-    made = (path / JOB_FILE).exists() or (path.is_file() and b'"log_probs"' in path.open("rb").readline())
+    made = Folder(path).exists(JOB_FILE) or path.endswith(".parquet")
+    if not made and os.path.isfile(path):
+        with open(path, "rb") as file:
+            made = b'"log_probs"' in file.readline()
     if made:
-        return {str(path): [text for row in read_captions(path) for text in row.captions]}
-    records = _read(path)
+        return {path: [text for row in read_captions(path) for text in row.captions]}
+    records = _read(Path(path))
     found = {
         f"{path} captions": [text for record in records for text in record.captions],
         f"{path} alt_text": [record.alt_text for record in records if record.alt_text],
@@ -621,11 +612,22 @@ def _caption_sets(path: Path) -> dict[str, list[str]]:
     return {name: texts for name, texts in found.items() if texts}
 
 
-def _asked(arguments: argparse.Namespace) -> list[Record]:
+def _asked(arguments: argparse.Namespace) -> Input:
     paths = [*arguments.videos, *arguments.more_videos]
     if not paths:
         raise UsageError("no videos: name files, folders or manifests")
-    return _records(paths)
+    return _input(paths)
+
+
+def _listed(records: Iterable[Record]) -> list[Record]:
+    """All of them at once; a key stands for one clip in what is written, so none may come twice."""
+    found = list(records)
+    seen: set[str] = set()
+    for record in found:
+        if record.key in seen:
+            raise UsageError(f"key {record.key!r} is named twice by the paths given: name each clip once")
+        seen.add(record.key)
+    return found
 
 
 def _load(arguments: argparse.Namespace) -> tuple[VLM | DualEncoder, Tokenizer]:

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from pyvdl import __version__, instruct, pretrain
-from pyvdl.caption import CaptionRow, caption_job, caption_records, read_captions, write_whole
+from pyvdl.caption import caption_records
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.claims import claims, recovered_gain, verdict
 from pyvdl.config import ClipConfig, Preset, demo
@@ -42,9 +42,12 @@ from pyvdl.evaluate import (
 from pyvdl.metrics import bootstrap_interval, caption_statistics
 from pyvdl.models.dual_encoder import DualEncoder, inflate
 from pyvdl.models.vlm import VLM
+from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, train
 from pyvdl.report import save_thumbnail, table, write_report
+from pyvdl.rows import CaptionRow, read_captions
+from pyvdl.storage import write_whole
 from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus, words
 from pyvdl.synthetic.scene import COLORS, KINDS
 from pyvdl.synthetic.words import LABELS

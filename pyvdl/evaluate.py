@@ -17,12 +17,13 @@ import numpy as np
 from flax import nnx
 
 from pyvdl import metrics
-from pyvdl.caption import ProgressCallback, caption_records, clip_batches, encode_prompts
+from pyvdl.caption import caption_records, clip_batches, encode_prompts
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.generate import generate
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.progress import Report
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, split_words
 from pyvdl.tokenizers import Tokenizer
 
@@ -92,7 +93,7 @@ def evaluate_captions(
     num_threads: int = 2,
     prefetch: int = 2,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: Report | None = None,
 ) -> CaptionScores:
     """CIDEr-D of greedy captions; the references are the captions of each record. `seed` is that of the bootstrap."""
     without = [record.key for record in records if not record.captions]
@@ -137,7 +138,7 @@ def evaluate_questions(
     num_threads: int = 2,
     prefetch: int = 2,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: Report | None = None,
 ) -> QuestionScores:
     """Greedy answers to every question of `records`; records without questions are left out."""
     records = [record for record in records if record.questions]
@@ -242,7 +243,7 @@ def embed_videos(
     batch_size: int = 16,
     num_threads: int = 2,
     prefetch: int = 2,
-    progress: ProgressCallback | None = None,
+    progress: Report | None = None,
     on_error: Callable[[Record, str], Any] | None = None,
 ) -> np.ndarray:
     """float32[N, E], L2-normalised; the row of a clip that cannot be decoded is NaN and `on_error` hears why."""

@@ -21,7 +21,7 @@ from flax import nnx
 
 import pyvdl
 from pyvdl import config as settings
-from pyvdl.caption import claim, encode_prompts, model_digest
+from pyvdl.caption import encode_prompts, model_digest
 from pyvdl.checkpoint import load_model, save_model
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record, digest
@@ -31,6 +31,7 @@ from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
 from pyvdl.sharding import make_mesh, place
 from pyvdl.step import create
+from pyvdl.storage import claim
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss

@@ -396,6 +396,11 @@ class ClipLoader(Iterator[ClipBatch]):
             return request
         return replace(request, seed=self._seed + number * _SEED_STEP)
 
+    @property
+    def clips_done(self) -> int:
+        """Clips decoded or failed so far, those ahead of the batch in hand included: tells whether anything moves."""
+        return self._loader.clips_done()
+
     def close(self) -> None:
         """Stops decoding and ends the threads. Iterating ends, too."""
         self._finalizer()

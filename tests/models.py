@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pyvdl.config import GemmaConfig, VLMConfig
+from pyvdl.config import GemmaConfig, T5Config, VLMConfig, toy
 from pyvdl.models import VLM
+from pyvdl.text import WordTokenizer
 
 
 def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
@@ -32,3 +34,14 @@ def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
 
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(values, state))
+
+
+def tiny_vlm(tokenizer: WordTokenizer) -> VLM:
+    """A VLM of 2 frames of 32 pixels that compiles in seconds."""
+    config = toy(tokenizer.vocab_size).vlm
+    vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
+    assert isinstance(config.language, T5Config)
+    language = dataclasses.replace(
+        config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1
+    )
+    return random_vlm(dataclasses.replace(config, vision=vision, language=language, num_frames=2))

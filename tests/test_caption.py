@@ -1,33 +1,22 @@
-"""Captioning: rows, independence of batches and restarts, shards."""
+"""Captioning: rows, and their independence of batches and neighbours."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from pyvdl import caption
-from pyvdl.caption import (
-    CaptionRow,
-    caption_job,
-    caption_records,
-    captions_by_key,
-    clip_batches,
-    clip_seed,
-    encode_prompts,
-    read_captions,
-)
-from pyvdl.config import ClipConfig, T5Config, toy
+from pyvdl.caption import caption_records, clip_batches, clip_seed, encode_prompts
+from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.models.vlm import VLM
+from pyvdl.rows import CaptionRow
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
 from tests.clips import write_clip
+from tests.models import tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 NUM_CLIPS = 5
@@ -42,16 +31,6 @@ def tokenizer() -> WordTokenizer:
 @pytest.fixture(scope="module")
 def model(tokenizer: WordTokenizer) -> VLM:
     return tiny_vlm(tokenizer)
-
-
-def tiny_vlm(tokenizer: WordTokenizer) -> VLM:
-    config = toy(tokenizer.vocab_size).vlm
-    vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
-    assert isinstance(config.language, T5Config)
-    language = dataclasses.replace(
-        config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1
-    )
-    return VLM(dataclasses.replace(config, vision=vision, language=language, num_frames=2), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -152,120 +131,3 @@ def test_prompts_are_as_long_as_the_longest(tokenizer: WordTokenizer) -> None:
     ids = encode_prompts(tokenizer, ["a red ball", "a"])
     assert ids.shape == (2, 4)
     assert (ids[1, 2:] == 0).all()
-
-
-def job(model: VLM, tokenizer: WordTokenizer, records: list[Record], out: Path, **changes: Any) -> caption.JobSummary:
-    options: dict[str, Any] = dict(
-        shard_size=2, clip=CLIP, num_samples=2, max_length=6, temperature=1.0, seed=3, batch_size=2
-    )
-    return caption_job(model, tokenizer, records, out, **(options | changes))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_job_writes_whole_shards(model: VLM, tokenizer: WordTokenizer, records: list[Record], tmp_path: Path) -> None:
-    done = job(model, tokenizer, records, tmp_path)
-    assert (done.rows, done.failed, done.shards, done.shards_skipped) == (5, 1, 3, 0)
-    assert sorted(contents(tmp_path)) == [*(f"captions-0000{i}-of-00003.jsonl" for i in range(3)), "job.json"]
-    rows = list(read_captions(tmp_path))
-    assert [row.key for row in rows] == [record.key for record in records]
-    assert rows == run(model, tokenizer, records, num_samples=2, max_length=6, seed=3, top_p=1.0)
-    found = captions_by_key(rows)
-    assert set(found) == {row.key for row in rows if row.status == "ok"}
-    assert found["clip-0"] == tuple(rows[0].captions)
-
-
-def test_a_stopped_job_goes_on_and_ends_the_same(
-    model: VLM,
-    tokenizer: WordTokenizer,
-    records: list[Record],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    job(model, tokenizer, records, tmp_path / "whole")
-    original = caption.caption_records
-
-    def stops_after_three(*args: Any, **kwargs: Any) -> Iterator[CaptionRow]:
-        for number, row in enumerate(original(*args, **kwargs)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield row
-
-    monkeypatch.setattr(caption, "caption_records", stops_after_three)
-    with pytest.raises(KeyboardInterrupt):
-        job(model, tokenizer, records, tmp_path / "cut")
-    assert sorted(contents(tmp_path / "cut")) == ["captions-00000-of-00003.jsonl", "job.json"]
-    with pytest.raises(ValueError, match="not a whole job"):
-        list(read_captions(tmp_path / "cut"))
-
-    asked: list[str] = []
-
-    def watched(model: VLM, tokenizer: WordTokenizer, records: list[Record], **kwargs: Any) -> Iterator[CaptionRow]:
-        asked.extend(record.key for record in records)
-        return original(model, tokenizer, records, **kwargs)
-
-    monkeypatch.setattr(caption, "caption_records", watched)
-    done = job(model, tokenizer, records, tmp_path / "cut", batch_size=3)  # how it runs may change
-    assert asked == ["clip-2", "clip-3", "clip-4"]
-    assert done.shards_skipped == 1
-    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    for name in whole.keys() - {"job.json"}:
-        for a, b in zip(whole[name].splitlines(), cut[name].splitlines(), strict=True):
-            a_row, b_row = json.loads(a), json.loads(b)
-            np.testing.assert_allclose(a_row.pop("log_probs"), b_row.pop("log_probs"), rtol=1e-4)
-            assert a_row == b_row
-
-
-def test_another_job_in_the_same_folder_is_refused(
-    model: VLM, tokenizer: WordTokenizer, records: list[Record], tmp_path: Path
-) -> None:
-    job(model, tokenizer, records[:2], tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match="seed was 3, now 4"):
-        job(model, tokenizer, records[:2], tmp_path, seed=4)
-    other = nnx.clone(model)
-    other.projection.kernel[...] += 1
-    with pytest.raises(ValueError, match="model_sha256"):
-        job(other, tokenizer, records[:2], tmp_path)
-    with pytest.raises(ValueError, match="records_sha256"):
-        job(model, tokenizer, records[1:3], tmp_path)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("text", ["[]", '{"job": "tra', ""])
-def test_a_damaged_recipe_of_a_job_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged.*choose another folder"):
-        caption.claim(tmp_path / "run.json", {"job": "train"})
-
-
-def row(key: str, **changes: Any) -> CaptionRow:
-    fields: dict[str, Any] = dict(
-        key=key, video="v.mp4", start_seconds=0.0, end_seconds=None, captions=["a ball"], log_probs=[-1.0]
-    )
-    rest: dict[str, Any] = dict(prompt="p", status="ok", error=None, seed=1)
-    return CaptionRow(**(fields | rest | changes))
-
-
-def test_rows_survive_json() -> None:
-    made = row("ключ", captions=["un caffè"], end_seconds=2.5)
-    assert CaptionRow.from_json(made.to_json()) == made
-    with pytest.raises(ValueError, match="expected a JSON object with captions"):
-        CaptionRow.from_json('{"key": "a"}')
-
-
-def test_a_broken_row_names_file_and_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    for broken in (b"{broken", b"caf\xe9"):
-        path.write_bytes(row("a").to_json().encode() + b"\n" + broken + b"\n")
-        with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
-            list(read_captions(path))
-
-
-def test_a_key_with_two_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="'a' has more than one row"):
-        captions_by_key([row("a"), row("a")])
-    assert captions_by_key([row("a"), row("b", status="failed", captions=[])]) == {"a": ("a ball",)}

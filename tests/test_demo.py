@@ -190,7 +190,7 @@ def test_starting_again_goes_on_from_what_is_done(first: Ran, capsys: pytest.Cap
     files = {path: path.stat().st_mtime_ns for path in first.directory.glob("corpus/videos/*")}
     assert len(logs) >= 7
     assert len(files) == first.report["corpus"]["files"]
-    captions = {path: path.stat().st_mtime_ns for path in first.directory.glob("captions/captions-*.jsonl")}
+    captions = {path: path.stat().st_mtime_ns for path in first.directory.glob("captions/captions-*.parquet")}
     assert captions
     files |= captions
     again = run(first.directory, capsys)

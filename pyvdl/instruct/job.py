@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvdl.caption import JOB_FILE, claim, write_whole
 from pyvdl.data import Family, Question, Record, write_manifest
+from pyvdl.jobs import JOB_FILE
+from pyvdl.storage import claim, write_whole
 
 from .endpoint import Answer, Connection, Endpoint, EndpointError
 from .filters import REASONS, Reason, check_language, sift

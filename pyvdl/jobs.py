@@ -1,0 +1,352 @@
+"""Captioning jobs on disk: clips split into shards up front, shards that appear whole or not at all. No jax here.
+
+A job's folder holds `work/`, the list of clips of each shard, and `job.json`, written last: what was asked for, and
+digests of every list. Which clip is in which shard follows from the clips alone, so that any number of processes can
+work on one job without a word between them, and whoever comes later finds what is left by one listing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyvdl.data import Record, parse_record
+from pyvdl.rows import ROW_NAMES, CaptionRow, Counts, Format, Kind, count_shard, encode_shard, shard_name, widened
+from pyvdl.sources import absolute
+from pyvdl.storage import Folder, read_object, refuse_another
+
+JOB_FILE = "job.json"
+_SCRATCH = ".planning-"
+_BUCKETS = 4096
+_SPILL_BYTES = 64 << 20  # of lines that are kept in memory
+_PREFIX = 48  # characters of a line of work that only order it
+
+
+class Spill:
+    """Lines sorted into buckets by a 64-bit hash; on disk beyond a fixed amount of memory."""
+
+    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes or _SPILL_BYTES
+        self._kept: dict[int, list[bytes]] = {}
+        self._kept_bytes = 0
+
+    def add(self, hash64: int, line: bytes) -> None:
+        self._kept.setdefault(hash64 >> 52, []).append(line)
+        self._kept_bytes += len(line) + 48
+        if self._kept_bytes > self._limit_bytes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for bucket, lines in self._kept.items():
+                with self._path(bucket).open("ab") as file:
+                    file.write(b"\n".join(lines) + b"\n")
+            self._kept, self._kept_bytes = {}, 0
+
+    def buckets(self) -> Iterator[list[bytes]]:
+        """The lines of each bucket, in the order of the hashes; within a bucket as they came."""
+        for bucket in range(_BUCKETS):
+            path = self._path(bucket)
+            written = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+            yield written + self._kept.get(bucket, [])
+
+    def _path(self, bucket: int) -> Path:
+        return self._folder / f"{bucket:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job whose clips are split into shards."""
+
+    folder: Folder
+    recipe: Mapping[str, Any]  # all that the captions depend on besides the clips
+    recipe_sha256: str
+    format: Format
+    records: int
+    shard_size: int  # of all but the last
+    columns: Mapping[str, Kind]  # carried over from the manifest
+    digests: Sequence[str]  # of each shard's list
+
+    @property
+    def shards(self) -> int:
+        return len(self.digests)
+
+    def size(self, shard: int) -> int:
+        """How many clips a shard has."""
+        return min(self.shard_size, self.records - shard * self.shard_size)
+
+    def work(self, shard: int) -> list[Record]:
+        """The clips of a shard."""
+        name = _work_name(shard, self.shards)
+        data = (self.folder / "work").read(name)
+        if _digest(data) != self.digests[shard]:
+            raise ValueError(f"{self.folder.name}/work/{name} is not what the job wrote: restore it, or begin anew")
+        return [parse_record(json.loads(line), Path("/")) for line in data.splitlines()]
+
+    def missing(self) -> list[int]:
+        """The shards that nobody has finished."""
+        names = set(self.folder.names())
+        return [shard for shard in range(self.shards) if self._name(shard) not in names]
+
+    def finish(self, shard: int, rows: Sequence[CaptionRow]) -> None:
+        """Writes the rows of a shard; it is done then. Twice does no harm: it is the same file."""
+        self.folder.write(self._name(shard), encode_shard(rows, self.format, self.columns))
+
+    def counts(self, shards: Iterable[int]) -> Counts:
+        """Rows and failures of these finished shards."""
+        counts = Counts()
+        for shard in shards:
+            counts += count_shard(self.folder, self._name(shard))
+        return counts
+
+    def modified(self, shard: int) -> float:
+        """When a finished shard was written, in seconds since the epoch."""
+        return self.folder.modified(self._name(shard))
+
+    def _name(self, shard: int) -> str:
+        return shard_name(shard, self.shards, self.format)
+
+
+def carried(record: Record) -> dict[str, Any]:
+    """What a row takes over from its record. A column called as one of the row's own becomes source_NAME."""
+    values: dict[str, Any] = {
+        name: value
+        for name in ("narrative", "alt_text", "label", "split", "group")
+        if (value := getattr(record, name)) is not None
+    }
+    if record.captions:
+        values["captions"] = list(record.captions)
+    if record.questions:
+        values["questions"] = [dataclasses.asdict(question) for question in record.questions]
+    values |= record.extra
+    return {f"source_{name}" if name in ROW_NAMES else name: value for name, value in values.items()}
+
+
+def open_job(
+    folder: Folder,
+    recipe: Mapping[str, Any],
+    records: Iterable[Record],
+    *,
+    shard_size: int,
+    format: Format,
+    input_sha256: str | None = None,
+) -> Job:
+    """Splits `records` into the shards of a new job, or finds the job that was begun in the folder.
+
+    Clips of one file stand together, in the order in which they lie in it; the order of `records` does not matter. They
+    are read once, and kept on disk beyond a fixed amount of memory.
+
+    A job of another recipe or of other clips is refused with the difference. input_sha256 stands for `records`: where
+    it is that of the job found, they are not read.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: expected at least 1")
+    asked = dict(recipe) | {"shard_size": shard_size, "format": format}
+    names = set(folder.names())
+    if JOB_FILE not in names:
+        if finished := sorted(name for name in names if name.startswith("captions-")):
+            raise ValueError(f"{folder.name} holds {finished[0]} but no {JOB_FILE}: choose another folder")
+        return _Planner(folder, asked, shard_size).write(records, input_sha256)
+    found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
+    refuse_another(folder.name, found.get("recipe", {}), asked)
+    job = load_job(folder)
+    if input_sha256 is None or found["input_sha256"] != input_sha256:
+        _Planner(folder, asked, shard_size).compare(records, job)
+    return job
+
+
+def load_job(folder: Folder) -> Job:
+    """The job in a folder; ValueError where there is none."""
+    try:
+        found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
+    except FileNotFoundError:
+        raise ValueError(f"{folder.name} holds no captioning job, or one whose clips are not listed yet") from None
+    try:
+        return Job(
+            folder=folder,
+            recipe=found["recipe"],
+            recipe_sha256=found["recipe_sha256"],
+            format=found["recipe"]["format"],
+            records=found["records"],
+            shard_size=found["recipe"]["shard_size"],
+            columns=found["columns"],
+            digests=found["shards"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{folder.name}/{JOB_FILE} has no {error}: it is not that of a captioning job") from None
+
+
+class _Planner:
+    """Splits clips into shards, in memory that does not grow with their number."""
+
+    def __init__(self, folder: Folder, recipe: Mapping[str, Any], shard_size: int) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._shard_size = shard_size
+
+    def write(self, records: Iterable[Record], input_sha256: str | None) -> Job:
+        """Writes the lists and then, the job being one from there on, job.json."""
+        work = self._folder / "work"
+        work.make()
+        for name in work.names():  # of a job that was stopped before it was one
+            work.remove(name)
+        with _scratch(self._folder) as scratch:
+            columns, count = self._read(records, scratch)
+            shards = -(-count // self._shard_size)
+            digests = []
+            for shard, data in enumerate(self._lists()):
+                work.write(_work_name(shard, shards), data)
+                digests.append(_digest(data))
+        told = {
+            "recipe": self._recipe,
+            "recipe_sha256": _digest(json.dumps(self._recipe, sort_keys=True).encode()),
+            "input_sha256": input_sha256,
+            "records": count,
+            "columns": columns,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "shards": digests,
+        }
+        self._folder.write(JOB_FILE, json.dumps(told, indent=1).encode())
+        return load_job(self._folder)
+
+    def compare(self, records: Iterable[Record], job: Job) -> None:
+        """Raises ValueError with the difference unless `records` are those of the job."""
+        with _scratch(self._folder) as scratch:
+            self._read(records, scratch)
+            if [_digest(data) for data in self._lists()] == list(job.digests):
+                return
+            before = Spill(scratch / "before")
+            for shard in range(job.shards):
+                for record in job.work(shard):
+                    _add_key(before, record.key, _line(record))
+            counts: Counter[str] = Counter()
+            some: dict[str, list[str]] = {"added": [], "removed": [], "changed": []}
+
+            def note(what: str, keys: Iterable[str]) -> None:
+                found = list(keys)
+                counts[what] += len(found)
+                some[what] = sorted([*some[what], *found])[:3]
+
+            for old, new in zip(before.buckets(), self._by_key.buckets()):
+                was, now = dict(map(_key_of, old)), dict(map(_key_of, new))
+                note("added", now.keys() - was.keys())
+                note("removed", was.keys() - now.keys())
+                note("changed", (key for key in was.keys() & now.keys() if was[key] != now[key]))
+        told = "; ".join(
+            f"{counts[what]} {what} ({', '.join(map(repr, keys))}{', ...' if counts[what] > 3 else ''})"
+            for what, keys in some.items()
+            if keys
+        )
+        raise ValueError(
+            f"{self._folder.name} is a job on other clips: {told}; give the same ones, or choose another folder"
+        )
+
+    def _read(self, records: Iterable[Record], scratch: Path) -> tuple[dict[str, Kind | None], int]:
+        """Sorts the records by file and by key; returns the carried columns and the number of records."""
+        self._by_file, self._by_key = Spill(scratch / "files"), Spill(scratch / "keys")
+        columns: dict[str, Kind | None] = {}
+        count = 0
+        for record in records:
+            count += 1
+            line = _line(record)
+            _add_key(self._by_key, record.key, line)
+            place = _place(record)
+            self._by_file.add(place[0], struct.pack(">QQd", *place).hex().encode() + line)
+            for name, value in carried(record).items():
+                columns[name] = widened(columns.get(name), value)
+        if not count:
+            raise ValueError("no clips: expected at least one")
+        self._refuse_duplicates()
+        return {name: kind or "string" for name, kind in sorted(columns.items())}, count
+
+    def _refuse_duplicates(self) -> None:
+        total = 0
+        some: list[str] = []
+        for lines in self._by_key.buckets():
+            seen = Counter(_key_of(line)[0] for line in lines)
+            if len(seen) < len(lines):
+                found = [key for key, times in seen.items() if times > 1]
+                total += len(found)
+                some = sorted([*some, *found])[:3]
+        if total:
+            raise ValueError(
+                f"{total} keys stand for more than one clip ({', '.join(map(repr, some))}): give each clip its own"
+            )
+
+    def _lists(self) -> Iterator[bytes]:
+        """The lists of all shards, one after the other."""
+        waiting: list[bytes] = []
+        for lines in self._by_file.buckets():
+            waiting += [line[_PREFIX:] + b"\n" for line in sorted(lines)]
+            whole = len(waiting) // self._shard_size * self._shard_size
+            for start in range(0, whole, self._shard_size):
+                yield b"".join(waiting[start : start + self._shard_size])
+            del waiting[:whole]
+        if waiting:
+            yield b"".join(waiting)
+
+
+class _scratch:
+    """A folder for what does not fit memory: beside the work where that is a disk, else where temporary files go."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._parent = folder.local
+
+    def __enter__(self) -> Path:
+        if self._parent is not None:
+            for left in self._parent.glob(f"{_SCRATCH}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        self._path = tempfile.mkdtemp(prefix=_SCRATCH, dir=self._parent)
+        return Path(self._path)
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _work_name(shard: int, shards: int) -> str:
+    return f"{shard:05d}-of-{shards:05d}.jsonl"
+
+
+def _line(record: Record) -> bytes:
+    """A record as a line that `parse_record` reads, the same for the same record however its path was spelled."""
+    values: dict[str, Any] = {"key": record.key, "video": absolute(record.video), "start_seconds": record.start_seconds}
+    for name in ("end_seconds", "byte_range", "narrative", "alt_text", "label", "split", "group"):
+        if (value := getattr(record, name)) is not None:
+            values[name] = value
+    if record.captions:
+        values["captions"] = record.captions
+    if record.questions:
+        values["questions"] = [dataclasses.asdict(question) for question in record.questions]
+    return json.dumps(values | dict(record.extra), ensure_ascii=False).encode()
+
+
+def _place(record: Record) -> tuple[int, int, float]:
+    """Where a clip stands among all: hash of its file, where in the file the video begins, and where the clip."""
+    path = record.source if isinstance(record.source, str) else record.source.path
+    offset = 0 if record.byte_range is None else record.byte_range[0]
+    return _hash64(absolute(str(path)).encode()), offset, record.start_seconds
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _add_key(spill: Spill, key: str, line: bytes) -> None:
+    spill.add(_hash64(key.encode()), json.dumps([key, _digest(line)]).encode())
+
+
+def _key_of(line: bytes) -> tuple[str, str]:
+    key, digest = json.loads(line)
+    return key, digest

@@ -1,0 +1,187 @@
+"""The clips of a job, one after the other, from whatever lists them: never all in memory. No jax here.
+
+Manifests (JSONL, CSV, Parquet), WebDataset tars, folders and patterns, on disks and wherever fsspec reaches.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from pyvdl.archives import DamagedArchive, expand, read_archive
+from pyvdl.data import Record, parse_object, parse_record
+from pyvdl.sources import VIDEO_SUFFIXES, is_url
+
+MANIFESTS = (".jsonl", ".csv", ".parquet")
+_NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
+_PARQUET_ROWS = 1024  # at a time
+_CHUNK_BYTES = 1 << 20
+
+OnDamage = Callable[[DamagedArchive], None]
+
+
+class Input:
+    """The clips that `paths` list, to be read as often as wanted.
+
+    A path is a video, a manifest, a tar, a pattern of those (`clips/*.mp4`, `{00000..00099}.tar`), or a folder of
+    videos or tars (not deeper). A manifest's columns are `video`, and where wanted `key` (else the video's name as
+    written, and the times where there are any), `start_seconds`, `end_seconds` and others, which are carried along. A
+    relative video is relative to its manifest.
+
+    on_damage: is told of each damaged tar, of which the whole samples are taken; without it that is an error.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], on_damage: OnDamage | None = None) -> None:
+        self._files = [file for path in paths for file in _files(os.fspath(path))]
+        self._on_damage = on_damage
+
+    def __iter__(self) -> Iterator[Record]:
+        for file in self._files:
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix == ".tar":
+                yield from self._read_tar(file)
+            elif suffix in MANIFESTS:
+                yield from _read_manifest(file, suffix)
+            else:
+                yield Record(key=file, video=file)
+
+    def sha256(self) -> str:
+        """Stands for all clips listed: names, contents of manifests, sizes and times of tars."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            suffix = os.path.splitext(file)[1].lower()
+            digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
+            if suffix in MANIFESTS:
+                with _open(file) as manifest:
+                    while chunk := manifest.read(_CHUNK_BYTES):
+                        digest.update(chunk)
+            elif suffix == ".tar":
+                digest.update(_stamp(file).encode())
+        return digest.hexdigest()
+
+    def _read_tar(self, file: str) -> list[Record]:
+        try:
+            return read_archive(file)
+        except DamagedArchive as error:
+            if self._on_damage is None:
+                raise
+            self._on_damage(error)
+            return error.records
+
+
+def _files(path: str) -> list[str]:
+    """The files that a path means."""
+    if is_url(path):
+        import fsspec
+
+        system, inner = fsspec.url_to_fs(path)
+        if "tar://" in path or not system.isdir(inner):
+            return expand(path)
+        found = sorted(system.unstrip_protocol(name) for name in system.ls(inner, detail=False))
+    elif not os.path.isdir(path):
+        return expand(path)
+    else:
+        found = sorted(entry.path for entry in os.scandir(path))
+    chosen = [name for name in found if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES | {".tar"}]
+    if not chosen:
+        suffixes = " ".join(sorted(VIDEO_SUFFIXES))
+        raise ValueError(f"{path}: no video and no tar in this folder (suffixes .tar {suffixes})")
+    return chosen
+
+
+def _open(file: str) -> IO[bytes]:
+    if not is_url(file):
+        return open(file, "rb")
+    import fsspec
+
+    opened: IO[bytes] = fsspec.open(file, "rb").open()
+    return opened
+
+
+def _stamp(file: str) -> str:
+    if not is_url(file):
+        found = os.stat(file)
+        return f"{found.st_size} {found.st_mtime_ns}"
+    import fsspec
+
+    system, inner = fsspec.url_to_fs(file)
+    info = system.info(inner)
+    return " ".join(str(info.get(name)) for name in ("size", "ETag", "etag", "mtime", "LastModified", "updated"))
+
+
+def _read_manifest(file: str, suffix: str) -> Iterator[Record]:
+    folder = file.rpartition("/")[0]
+    rows, parse = _READERS[suffix]
+    with _open(file) as opened:
+        for number, row in rows(opened, file):
+            try:
+                yield _record(parse(row), folder)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: {error}") from error
+
+
+def _jsonl_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), restkey="")
+    try:
+        for row in lines:
+            yield lines.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}:{lines.line_num + 1}: {error}") from error
+
+
+def _typed(row: dict[str, Any]) -> dict[str, Any]:
+    if "" in row or None in row.values():
+        raise ValueError("expected as many fields as the first line has names")
+    found: dict[str, Any] = {name: value for name, value in row.items() if value != ""}
+    for name in _NUMBERS:
+        if name in found:
+            try:
+                found[name] = float(found[name])
+            except ValueError:
+                raise ValueError(f"{name} is {found[name]!r}: expected a number") from None
+    return found
+
+
+def _parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install 'pyarrow>=16'") from error
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(_PARQUET_ROWS)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{name} is no Parquet file: {error}") from error
+
+
+# Of each kind of manifest: its rows with the numbers of lines or rows, and what makes an object of one.
+_READERS: dict[str, tuple[Callable[..., Iterator[tuple[int, Any]]], Callable[[Any], dict[str, Any]]]] = {
+    ".jsonl": (_jsonl_rows, lambda line: parse_object(line.decode("utf-8"))),
+    ".csv": (_csv_rows, _typed),
+    ".parquet": (_parquet_rows, lambda row: {name: value for name, value in row.items() if value is not None}),
+}
+
+
+def _record(found: dict[str, Any], folder: str) -> Record:
+    """A record of a manifest whose folder may be a URL, and whose key may follow from the rest."""
+    video = found.get("video")
+    if isinstance(video, str) and not found.get("key"):
+        times = [str(found[name]) for name in _NUMBERS if found.get(name) is not None]
+        found = found | {"key": "#".join([video, "-".join(times)]) if times else video}
+    if not is_url(folder):
+        return parse_record(found, Path(folder))
+    record = parse_record(found, Path("/"))
+    if not isinstance(video, str) or is_url(video) or os.path.isabs(video):
+        return record
+    return dataclasses.replace(record, video=f"{folder}/{video}")

@@ -1,0 +1,157 @@
+"""Shards of a job through decoder, device and disk at once.
+
+`caption_shards` is the work of every engine: shards in, rows out, on the devices of this process. `caption_job` runs it
+here: alone, or as one of several processes that share the shards between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyvdl.caption import Captioner, Decoded, clip_request
+from pyvdl.data import Record
+from pyvdl.decoder_process import DecoderProcess
+from pyvdl.jobs import Job, open_job
+from pyvdl.models.vlm import VLM
+from pyvdl.progress import Report
+from pyvdl.rows import CaptionRow, Counts, Format
+from pyvdl.storage import Folder, hold
+from pyvdl.tokenizers import Tokenizer
+
+_WRITES = 2  # finished shards that may wait for the disk
+
+
+@dataclass
+class Tally:
+    """How a process fares."""
+
+    counts: Counts = field(default_factory=Counts)
+    tokens: int = 0
+    wait_seconds: float = 0.0  # for the decoder
+    begin: float = field(default_factory=time.monotonic)
+    watch: Callable[[], None] = lambda: None  # called after each batch
+
+    def note(self) -> str:
+        """Rates, the share of time without work for the device, and errors by kind."""
+        seconds = max(1e-9, time.monotonic() - self.begin)
+        failed = ", ".join(f"{count} {kind}" for kind, count in self.counts.failed.most_common())
+        rates = f"{self.counts.rows / seconds:.1f} clips/s, {self.tokens / seconds:.0f} tokens/s"
+        note = f"{rates}, waited for frames {self.wait_seconds / seconds:.0%}"
+        return f"{note}; failed: {failed}" if failed else note
+
+
+def caption_shards(
+    captioner: Captioner, decoder: DecoderProcess, job: Job, shards: Iterable[int], tally: Tally | None = None
+) -> Iterator[tuple[int, list[CaptionRow]]]:
+    """Yields (shard, its rows), in order. `shards` is read as far ahead as the decoder is, and may be endless.
+
+    No batch reaches over two shards, and each has the captioner's shape: a shard's rows are the same wherever, and with
+    whatever others, it is captioned.
+    """
+    tally = tally or Tally()
+    sizes: deque[tuple[int, int]] = deque()
+    under_way: deque[list[Record]] = deque()
+    names = {"model_sha256": job.recipe["model_sha256"], "recipe_sha256": job.recipe_sha256}
+
+    def requests() -> Iterator[Sequence[Any]]:
+        for shard in shards:
+            records = job.work(shard)
+            sizes.append((shard, len(records)))
+            for start in range(0, len(records), captioner.batch_size):
+                under_way.append(records[start : start + captioner.batch_size])
+                yield [clip_request(record) for record in under_way[-1]]
+
+    def decoded() -> Iterator[Decoded]:
+        frames = decoder.decode(requests())
+        while True:
+            begin = time.monotonic()
+            batch = next(frames, None)
+            tally.wait_seconds += time.monotonic() - begin
+            if batch is None:
+                return
+            yield Decoded(records=under_way.popleft(), data=batch.data, errors=batch.errors, release=batch.release)
+
+    rows: list[CaptionRow] = []
+    for found in captioner.rows(decoded()):
+        tally.tokens = captioner.tokens
+        for row in found:
+            rows.append(dataclasses.replace(row, **names))
+            tally.counts.add(row)
+        tally.watch()
+        shard, size = sizes[0]
+        if len(rows) == size:
+            sizes.popleft()
+            yield shard, rows
+            rows = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSummary:
+    """What a captioning job left behind."""
+
+    rows: int
+    failed: int
+    shards: int
+    shards_skipped: int  # finished by an earlier run of the same command
+
+
+def caption_job(
+    model: VLM,
+    tokenizer: Tokenizer,
+    records: Iterable[Record],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 1000,
+    format: Format = "parquet",
+    num_threads: int = 2,
+    prefetch: int = 2,
+    timeout_seconds: float = 60.0,
+    input_sha256: str | None = None,
+    progress: Report | None = None,
+    **options: Any,
+) -> JobSummary:
+    """Captions `records` into `out/captions-00000-of-00004.parquet` and so on; the same call again resumes.
+
+    A shard appears whole or not at all, a finished one is not touched again. `out/job.json` holds what was asked for:
+    a call with other settings, another model or other records is refused with the difference, and so is a second one
+    while the first runs. timeout_seconds is for one clip, `options` are those of `Captioner`, input_sha256 see
+    `open_job`.
+    """
+    folder = Folder(out)
+    folder.make()
+    with hold(folder):
+        captioner = Captioner(model, tokenizer, **options)
+        recipe = captioner.recipe()
+        job = open_job(folder, recipe, records, shard_size=shard_size, format=format, input_sha256=input_sha256)
+        todo = job.missing()
+        waiting = sum(job.size(shard) for shard in todo)
+        tally = Tally()
+        if progress is not None:
+            done = job.records - waiting
+            tally.watch = lambda: progress(done + tally.counts.rows, job.records, tally.note())
+        decoder = DecoderProcess(
+            captioner.clip,
+            batch_size=captioner.batch_size,
+            num_threads=num_threads,
+            prefetch=prefetch,
+            timeout_seconds=timeout_seconds,
+        )
+        with decoder, ThreadPoolExecutor(1) as disk:
+            writes: deque[Future[None]] = deque()
+            for shard, rows in caption_shards(captioner, decoder, job, todo, tally):
+                if len(writes) == _WRITES:
+                    writes.popleft().result()
+                writes.append(disk.submit(job.finish, shard, rows))
+            for write in writes:
+                write.result()
+        counts = job.counts(range(job.shards))
+    return JobSummary(
+        rows=counts.rows, failed=counts.failed.total(), shards=job.shards, shards_skipped=job.shards - len(todo)
+    )

@@ -1,0 +1,119 @@
+"""Clips listed by manifests, tars, folders and patterns: streamed, on disks and elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pyvdl.archives import DamagedArchive, Sample, write_archive
+from pyvdl.data import Record
+from pyvdl.manifests import Input
+
+ROWS: list[dict[str, Any]] = [
+    {"key": "a", "video": "a.mp4", "start_seconds": 1.0, "end_seconds": 2.5, "alt_text": "first", "source": "web"},
+    {"video": "sub/b.mp4", "source": "web"},
+    {"video": "/x/c.mp4", "start_seconds": 2.0},
+    {"key": "d", "video": "https://host/d.mp4"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    if path.suffix == ".parquet":
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        pyarrow.parquet.write_table(pyarrow.table({n: [row.get(n) for row in rows] for n in names}), path)
+    elif path.suffix == ".csv":
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [",".join(names), *(",".join(str(row.get(name, "")) for name in names) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def wanted(folder: str) -> list[Record]:
+    web: dict[str, Any] = {"source": "web"}
+    return [
+        Record(key="a", video=f"{folder}/a.mp4", start_seconds=1.0, end_seconds=2.5, alt_text="first", extra=web),
+        Record(key="sub/b.mp4", video=f"{folder}/sub/b.mp4", extra=web),
+        Record(key="/x/c.mp4#2.0", video="/x/c.mp4", start_seconds=2.0),
+        Record(key="d", video="https://host/d.mp4"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_manifests_of_every_kind_list_the_same_clips(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"clips{suffix}")
+    assert list(Input([path])) == wanted(str(tmp_path))
+    root = f"memory://{uuid.uuid4().hex}"
+    with fsspec.open(f"{root}/clips{suffix}", "wb") as file:
+        file.write(path.read_bytes())
+    assert list(Input([f"{root}/clips{suffix}"])) == wanted(root)
+    assert list(Input([f"{root}/*{suffix}"])) == wanted(root.replace("memory://", "memory:///"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.jsonl", '{"video": "a.mp4"}\n{"key": "a", "video": 3}\n', r"m\.jsonl:2: video is 3: expected a string"),
+        ("m.jsonl", "\nnonsense\n", r"m\.jsonl:2: expected one JSON object"),
+        ("m.csv", "video,start_seconds\na.mp4,soon\n", r"m\.csv:2: start_seconds is 'soon': expected a number"),
+        ("m.csv", "video,key\na.mp4\n", r"m\.csv:2: expected as many fields"),
+        ("m.csv", "path\na.mp4\n", r"m\.csv:2: 'key' is missing"),
+        ("m.parquet", "no", r"m\.parquet is no Parquet file"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest_is_told_with_its_place(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(Input([tmp_path / name]))
+
+
+def test_folders_patterns_and_videos(tmp_path: Path) -> None:
+    for name in ("b.mp4", "a.MKV", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    both = [str(tmp_path / "a.MKV"), str(tmp_path / "b.mp4")]
+    assert [record.video for record in Input([tmp_path])] == both
+    assert [record.video for record in Input([f"{tmp_path}/*.[mM]*", "v.mp4"])] == [*both, "v.mp4"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no video and no tar in this folder"):
+        Input([tmp_path / "empty"])
+    with pytest.raises(ValueError, match="no such file"):
+        Input([f"{tmp_path}/*.avi"])
+    root = f"memory://{uuid.uuid4().hex}"
+    for name in ("b.mp4", "notes.txt"):
+        fsspec.open(f"{root}/{name}", "wb").open().close()
+    assert [record.video for record in Input([root])] == [f"{root.replace('://', ':///')}/b.mp4"]
+
+
+def test_tars_are_read_and_damaged_ones_told(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        samples = [Sample(key=f"{name}-{i}", video=b"v" * 700, text=f"text {i}") for i in range(3)]
+        write_archive(tmp_path / f"{name}.tar", samples)
+    found = list(Input([tmp_path / "{00000..00001}.tar"]))
+    assert [record.key for record in found] == [f"{tar}-{i}" for tar in ("00000", "00001") for i in range(3)]
+    os.truncate(tmp_path / "00000.tar", 4000)
+    with pytest.raises(ValueError, match=r"00000\.tar"):
+        list(Input([tmp_path]))
+    told: list[DamagedArchive] = []
+    assert [record.key for record in Input([tmp_path], told.append)] == ["00000-0", *(f"00001-{i}" for i in range(3))]
+    assert [Path(error.path).name for error in told] == ["00000.tar"]
+
+
+def test_a_digest_stands_for_the_clips(tmp_path: Path) -> None:
+    write_archive(tmp_path / "t.tar", [Sample(key="a", video=b"v")])
+    paths: list[str | Path] = [write(tmp_path / "m.jsonl"), tmp_path / "t.tar", "v.mp4"]
+    first = Input(paths).sha256()
+    assert first == Input(paths).sha256()
+    assert first != Input(paths[::-1]).sha256()
+    write(tmp_path / "m.jsonl", ROWS[:2])
+    second = Input(paths).sha256()
+    os.utime(tmp_path / "t.tar", (1, 1))
+    assert len({first, second, Input(paths).sha256()}) == 3

@@ -1,0 +1,101 @@
+"""Folders of jobs: files whole or not at all, on disks and in object stores, and one job at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pyvdl import storage
+from pyvdl.storage import Folder, claim, hold, write_whole
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "job" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/job")
+
+
+def test_a_folder_keeps_files(folder: Folder) -> None:
+    assert folder.names() == []
+    folder.make()
+    folder.write("b", b"1")
+    folder.write("a", b"2")
+    (folder / "work").make()
+    (folder / "work").write("c", b"3")
+    assert folder.names() == ["a", "b"]
+    assert ((folder / "work").names(), (folder / "work").read("c")) == (["c"], b"3")
+    folder.write("a", b"new")
+    assert folder.read("a") == b"new"
+    with folder.open("a") as file:
+        assert file.read(2) == b"ne"
+    assert folder.modified("a") > 1e9
+    folder.remove("a")
+    folder.remove("a")
+    assert not folder.exists("a")
+    assert folder.exists("b")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def lines() -> object:
+        yield "one\n"
+        raise KeyError("two")
+
+    write_whole(tmp_path / "file", ["before\n"])
+    with pytest.raises(KeyError):
+        write_whole(tmp_path / "file", lines())  # type: ignore[arg-type]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before\n")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda *a, **k: None)
+    with pytest.raises(OSError, match=r"No space left on device: '.*captions'"):
+        Folder(tmp_path).write("captions", b"x")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"job": "tra', ""])
+def test_a_damaged_recipe_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged.*choose another folder"):
+        claim(tmp_path / "run.json", {"job": "train"})
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path / "run.json", {"seed": 3, "sizes": (1, 2)})
+    claim(tmp_path / "run.json", {"seed": 3, "sizes": (1, 2)})
+    with pytest.raises(ValueError, match="seed was 3, now 4"):
+        claim(tmp_path / "run.json", {"seed": 4, "sizes": (1, 2)})
+
+
+def test_a_folder_holds_one_job_at_a_time(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
+    folder.make()
+    with hold(folder), pytest.raises(RuntimeError, match=r"another job writes into .* \(process \d+ on "), hold(folder):
+        pytest.fail("two at a time")
+    with hold(folder):
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    code = f"""if True:
+        from pyvdl.storage import Folder, hold
+        import os, signal
+        with hold(Folder({str(tmp_path)!r})):
+            os.kill(os.getpid(), signal.SIGKILL)"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with hold(Folder(tmp_path)):
+        pass
+
+
+def test_a_lock_that_stands_still_in_an_object_store_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
+    folder = Folder(f"memory://{uuid.uuid4().hex}")
+    folder.write(".lock", b"process 1 on a machine that is gone, 1\n0")
+    with hold(folder):
+        pass
+    assert folder.names() == []
