@@ -11,7 +11,7 @@ help:
 	@echo "make test   set up, then lint, type check, C++ and Python tests"
 	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
 	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), look for races and leaks, and"
-	@echo "            kill a process while it writes checkpoints, 20 times"
+	@echo "            kill a process while it writes checkpoints, 20 times, and captioning jobs SOAK_KILLS (100) times"
 	@echo "make libtpu set up, then fetch the TPU compiler (make test does too); bench.tpu_aot needs it, a TPU it does not"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make parity set up, then compare with PyTorch's transformers at random seeds and real layer shapes; PYTHON= a"
@@ -71,6 +71,7 @@ parity: env build/parity/env/.made
 soak: env
 	$(PY) -m tests.soak
 	PYVDL_KILLS=20 $(PY) -m pytest tests/test_checkpoint.py -k half_written
+	$(PY) -m tests.soak.captions
 
 clean:
 	rm -rf build .venv demo

@@ -43,6 +43,7 @@ data:
 the method:
   adapt     an image vision-language model to video: the visual or the language stage
   caption   videos with the adapted model
+  status    how far a captioning job is
   train     the video-text dual encoder on captions
   plan      what a recipe needs on a TPU slice, compiled for it here
 measure:
@@ -243,6 +244,16 @@ def _parser() -> Parser:
     _add_sampling(p)
 
     p = verb(
+        "status",
+        commands.status,
+        "Tells how far a captioning job is, from its folder, while it runs or afterwards: shards, rows, failures by\n"
+        "kind, clips a second of the last shards and the time left at that rate.",
+        "pyvdl status runs/captions",
+    )
+    p.add_argument("out", metavar="DIR", help="what --out of `pyvdl caption` named")
+    p.add_argument("--json", action="store_true", help="one JSON object")
+
+    p = verb(
         "plan",
         commands.plan,
         "Compiles a recipe's training step for a TPU slice that is not there, and prints what it needs: memory of a\n"
@@ -347,10 +358,14 @@ def _add_training(p: Parser) -> None:
         "model (model.vision.depth=4); again for more",
     )
     p.add_argument("--fraction", type=_share, default=1.0, metavar="X", help="share of the records (default: 1)")
+    _add_distributed(p, "train")
+
+
+def _add_distributed(p: Parser, verb: str) -> None:
     p.add_argument(
         "--distributed",
         action="store_true",
-        help="train together with the other processes that run this command: on TPU slices, Slurm and GKE found by\n"
+        help=f"{verb} together with the other processes that run this command: on TPU slices, Slurm and GKE found by\n"
         "themselves, elsewhere named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
@@ -376,6 +391,10 @@ def _add_sampling(p: Parser) -> None:
         metavar="X",
         help="that decoding one clip may take, with --out (default: 60)",
     )
+    text = "with --out: split the model's parameters over so many of each process's devices (default: 1)"
+    p.add_argument("--fsdp", type=_positive, default=1, metavar="N", help=text)
+    p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
+    _add_distributed(p, "caption")
     _add_loading(p)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pyvdl.jobs import carried
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
 from pyvdl.rows import CaptionRow
-from pyvdl.sharding import batch_sharding, host_pieces, put, tree_shardings
+from pyvdl.sharding import BATCH_AXES, batch_sharding, host_pieces, put, tree_shardings
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.video import ClipRequest
@@ -124,6 +125,9 @@ class Captioner:
         ids = encode_prompts(tokenizer, [prompt])
         self._prompts = np.broadcast_to(ids, (batch_size, ids.shape[1]))
         if mesh is not None:
+            shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+            if batch_size % shares:
+                raise ValueError(f"batch_size={batch_size}: expected a multiple of the {shares} shares of this mesh")
             graphdef, state = nnx.split(model)
             placed = jax.tree.map(partial(put, copy=False), state, tree_shardings(state, mesh))
             self._model = nnx.merge(graphdef, placed)

@@ -6,6 +6,7 @@ What a command needs is imported inside it, so that help and mistakes answer at 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -310,14 +311,21 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def caption(arguments: argparse.Namespace) -> int:
+    import jax
+
     from pyvdl.caption import caption_records
     from pyvdl.checkpoint import is_public
     from pyvdl.models.vlm import VLM
     from pyvdl.pipeline import caption_job
     from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
+    from pyvdl.sharding import join, make_mesh
     from pyvdl.text import PALIGEMMA_PROMPT
 
+    if arguments.distributed:
+        if arguments.out is None:
+            raise UsageError("--distributed goes with --out, the folder that all processes see")
+        join()
     asked = _asked(arguments)
     records = _listed(asked) if arguments.out is None else []
     model, tokenizer = _load(arguments)
@@ -332,12 +340,14 @@ def caption(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         **_loading(arguments),
     }
+    if jax.local_device_count() > 1 and arguments.out is not None:
+        options["mesh"] = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
     if arguments.prompt is not None:
         options["prompt"] = arguments.prompt
     elif is_public(arguments.model):
         options["prompt"] = PALIGEMMA_PROMPT
     if arguments.out is not None:
-        with reporting("caption") as report:
+        with reporting("caption", enabled=jax.process_index() == 0) as report:
             done = caption_job(
                 model,
                 tokenizer,
@@ -346,7 +356,7 @@ def caption(arguments: argparse.Namespace) -> int:
                 shard_size=arguments.shard_size,
                 format=arguments.format,
                 timeout_seconds=arguments.timeout_seconds,
-                input_sha256=asked.sha256(),
+                input_sha256=asked.sha256() if jax.process_index() == 0 else None,
                 progress=report,
                 **options,
             )
@@ -370,6 +380,31 @@ def caption(arguments: argparse.Namespace) -> int:
                 table += [["", "", text] for text in row.captions[1:]]
     if table:
         _print_table(["key", "status", "caption"], table)
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pyvdl.jobs import load_job
+    from pyvdl.storage import Folder
+
+    found = load_job(Folder(arguments.out)).status()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found) | {"seconds_left": found.seconds_left}))
+        return 0
+    failed = ", ".join(f"{count} {kind}" for kind, count in found.failed.items())
+    rows: list[list[Any]] = [
+        ["shards", f"{found.shards_done} of {found.shards}"],
+        ["rows", f"{found.rows} of {found.records}"],
+        ["failed", f"{sum(found.failed.values())}" + (f" ({failed})" if failed else "")],
+    ]
+    if found.seconds_since is not None:
+        rows.append(["last shard", f"{found.seconds_since:.0f} s ago"])
+    if found.seconds_left is not None:
+        rows.append(["rate of the last shards", f"{found.clips_per_second:.1f} clips/s"])
+        rows.append(["time left at that rate", str(datetime.timedelta(seconds=round(found.seconds_left)))])
+    _print_table(["job", arguments.out], rows)
     return 0
 
 

@@ -29,6 +29,7 @@ JOB_FILE = "job.json"
 _SCRATCH = ".planning-"
 _BUCKETS = 4096
 _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
+_RATED = 32  # shards that a rate is taken from
 _PREFIX = 48  # characters of a line of work that only order it
 
 
@@ -60,6 +61,26 @@ class Spill:
 
     def _path(self, bucket: int) -> Path:
         return self._folder / f"{bucket:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How far a job is."""
+
+    shards: int
+    shards_done: int
+    records: int
+    rows: int  # of the finished shards
+    failed: Mapping[str, int]  # of those, by kind
+    clips_per_second: float | None  # between the last finished shards; None: too few
+    seconds_since: float | None  # the last shard was finished
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate of the last shards; None once all is done, or while nobody knows."""
+        if self.clips_per_second is None or self.rows == self.records:
+            return None
+        return (self.records - self.rows) / self.clips_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +128,25 @@ class Job:
             counts += count_shard(self.folder, self._name(shard))
         return counts
 
-    def modified(self, shard: int) -> float:
-        """When a finished shard was written, in seconds since the epoch."""
-        return self.folder.modified(self._name(shard))
+    def status(self) -> Status:
+        """How far the job is, by one listing and the ends of the finished shards."""
+        missing = set(self.missing())
+        done = [shard for shard in range(self.shards) if shard not in missing]
+        counts = self.counts(done)
+        times = sorted((self.folder.modified(self._name(shard)), shard) for shard in done)
+        last = times[-_RATED:]
+        rate = None
+        if len(last) > 1 and last[-1][0] > last[0][0]:
+            rate = sum(self.size(shard) for _, shard in last[1:]) / (last[-1][0] - last[0][0])
+        return Status(
+            shards=self.shards,
+            shards_done=len(done),
+            records=self.records,
+            rows=counts.rows,
+            failed=dict(counts.failed.most_common()),
+            clips_per_second=rate,
+            seconds_since=max(0.0, time.time() - times[-1][0]) if times else None,
+        )
 
     def _name(self, shard: int) -> str:
         return shard_name(shard, self.shards, self.format)

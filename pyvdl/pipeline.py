@@ -6,23 +6,28 @@ here: alone, or as one of several processes that share the shards between them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from pyvdl.caption import Captioner, Decoded, clip_request
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
-from pyvdl.jobs import Job, open_job
+from pyvdl.jobs import Job, load_job, open_job
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
 from pyvdl.rows import CaptionRow, Counts, Format
-from pyvdl.storage import Folder, hold
+from pyvdl.storage import Folder, hold, refuse_another
 from pyvdl.tokenizers import Tokenizer
 
 _WRITES = 2  # finished shards that may wait for the disk
@@ -123,19 +128,27 @@ def caption_job(
     a call with other settings, another model or other records is refused with the difference, and so is a second one
     while the first runs. timeout_seconds is for one clip, `options` are those of `Captioner`, input_sha256 see
     `open_job`.
+
+    Of several processes (`pyvdl.sharding.join`) each takes every so-many-th shard, on its own devices: the first lists
+    the clips, and then none waits for another until the end. They may be more or fewer when the job goes on.
     """
     folder = Folder(out)
     folder.make()
-    with hold(folder):
+    index, count = jax.process_index(), jax.process_count()
+    with hold(folder) if index == 0 else contextlib.nullcontext():
         captioner = Captioner(model, tokenizer, **options)
         recipe = captioner.recipe()
-        job = open_job(folder, recipe, records, shard_size=shard_size, format=format, input_sha256=input_sha256)
+
+        def opened() -> Job:
+            return open_job(folder, recipe, records, shard_size=shard_size, format=format, input_sha256=input_sha256)
+
+        job = opened() if count == 1 else _open_together(folder, recipe, opened)
         todo = job.missing()
-        waiting = sum(job.size(shard) for shard in todo)
+        own = [shard for shard in todo if shard % count == index]
+        waiting = sum(job.size(shard) for shard in own)
         tally = Tally()
         if progress is not None:
-            done = job.records - waiting
-            tally.watch = lambda: progress(done + tally.counts.rows, job.records, tally.note())
+            tally.watch = lambda: progress(tally.counts.rows, waiting, tally.note())
         decoder = DecoderProcess(
             captioner.clip,
             batch_size=captioner.batch_size,
@@ -145,13 +158,33 @@ def caption_job(
         )
         with decoder, ThreadPoolExecutor(1) as disk:
             writes: deque[Future[None]] = deque()
-            for shard, rows in caption_shards(captioner, decoder, job, todo, tally):
+            for shard, rows in caption_shards(captioner, decoder, job, own, tally):
                 if len(writes) == _WRITES:
                     writes.popleft().result()
                 writes.append(disk.submit(job.finish, shard, rows))
             for write in writes:
                 write.result()
+        if count > 1:
+            multihost_utils.sync_global_devices("captioned")
         counts = job.counts(range(job.shards))
     return JobSummary(
         rows=counts.rows, failed=counts.failed.total(), shards=job.shards, shards_skipped=job.shards - len(todo)
     )
+
+
+def _open_together(folder: Folder, recipe: Mapping[str, Any], opened: Callable[[], Job]) -> Job:
+    """The job, once the first process has listed its clips; that is all that processes wait for but the end."""
+    failure: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            opened()
+        except (ValueError, OSError, ImportError) as error:
+            failure = error
+    good = multihost_utils.broadcast_one_to_all(np.int32(failure is None))
+    if failure is not None:
+        raise failure
+    if not good:
+        raise RuntimeError("the first process could not begin the job: it tells why")
+    job = load_job(folder)
+    refuse_another(folder.name, dict(job.recipe), dict(job.recipe) | dict(recipe))
+    return job

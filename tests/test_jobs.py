@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import uuid
 from collections.abc import Iterable
@@ -147,6 +148,23 @@ def test_the_same_call_goes_on(where: str, tmp_path: Path) -> None:
     assert again.missing() == []
     assert again.counts(range(8)).rows == 60
     assert {found.key for found in read_captions(folder.name)} == {record.key for record in records}
+
+
+def test_a_job_tells_how_far_it_is(tmp_path: Path) -> None:
+    job = begin(tmp_path, clips())
+    before = job.status()
+    assert (before.shards_done, before.rows, before.clips_per_second, before.seconds_left) == (0, 0, None, None)
+    for number, shard in enumerate((2, 5, 7)):
+        rows = [row(record) for record in job.work(shard)]
+        if shard == 5:
+            rows[0] = dataclasses.replace(rows[0], captions=[], status="failed", error="open: no such file")
+        job.finish(shard, rows)
+        os.utime(tmp_path / f"captions-{shard:05d}-of-00008.jsonl", (1000 + 4 * number,) * 2)
+    found = load_job(Folder(tmp_path)).status()
+    assert (found.shards, found.shards_done, found.records, found.rows) == (8, 3, 60, 20)
+    assert found.failed == {"open": 1}
+    assert found.clips_per_second == (8 + 4) / 8  # of the second and third, in the seconds since the first
+    assert found.seconds_left == 40 / 1.5
 
 
 def test_clips_that_changed_are_refused_with_the_difference(tmp_path: Path) -> None:

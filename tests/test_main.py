@@ -19,7 +19,7 @@ import pyvdl
 from pyvdl.__main__ import main
 from pyvdl.commands import _print_training
 
-VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "train", "evaluate", "embed", "stats")
+VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "status", "train", "evaluate", "embed", "stats")
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "parity" / "golden"
 SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
@@ -146,7 +146,7 @@ def test_version(run: Run) -> None:
     ("argv", "says"),
     [
         ([], "VERB"),
-        (["status"], "'status'"),
+        (["state"], "'state'"),
         (["probe"], "at least one video"),
         (["probe", "--frobnicate"], "--frobnicate (see pyvdl probe --help)"),
         (["evaluate", "--data", "x.jsonl"], "--model"),
@@ -201,6 +201,7 @@ def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says:
         (["caption", "x.mp4", "--model", "nowhere"], "nowhere"),
         (["adapt", "--stage", "visual", "--data", "no.jsonl", "--out", "o"], "no.jsonl"),
         (["stats", "--captions", "no.jsonl"], "no.jsonl"),
+        (["status", "nowhere"], "nowhere holds no captioning job"),
     ],
 )
 def test_a_failed_job_is_one_line_and_code_1(
@@ -338,6 +339,13 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
     code, _, err = run(*job, "--seed", "1")
     assert code == 1
     assert "seed was 0, now 1" in err
+
+    code, out, _ = run("status", tmp_path / "job")
+    assert code == 0
+    assert "shards" in out
+    assert "3 of 3" in out
+    code, out, _ = run("status", tmp_path / "job", "--json")
+    assert json.loads(out)["shards_done"] == 3
 
     code, out, _ = run("stats", "--captions", tmp_path / "job", corpus / "unlabelled.jsonl")
     assert code == 0

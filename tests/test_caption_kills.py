@@ -1,0 +1,45 @@
+"""Captioning by the command line: killed or not, by one process or two, always the same rows. More by `make soak`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyvdl.rows import read_captions
+from tests.kills import Scene, finish, make_scene, run_killed, shards, start
+
+CLIPS = 24
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"), CLIPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert f"{CLIPS} rows (3 failed) in 12 shards, 0 of them from an earlier run" in finish(start(scene, out))
+    rows = list(read_captions(out))
+    assert sorted(int(row.key) for row in rows) == list(range(CLIPS))
+    assert len({tuple(row.captions) for row in rows}) > 12
+    return shards(out)
+
+
+def test_killed_at_random_moments_it_ends_the_same(scene: Scene, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    have = run_killed(scene, tmp_path, kills=2, seed=1)
+    assert have == sorted(have)
+    assert shards(tmp_path) == undisturbed
+
+
+def test_two_processes_write_what_one_does_killed_or_not(
+    scene: Scene, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    run_killed(scene, tmp_path, kills=1, seed=2, processes=2)
+    assert shards(tmp_path) == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in undisturbed) == [
+        ".lock",
+        "job.json",
+        "work",
+    ]
