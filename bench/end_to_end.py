@@ -6,6 +6,7 @@ the prefill, where the peak is known.
 input: training from video files, with the share of the time in which the step waited for them, beside the decoder alone
 and the same steps without files; where decoding has much capacity to spare, and where it has too little; and what a
 large manifest costs.
+caption: captioning jobs, see bench.captioning.
 step: training steps of the dual encoder and of the video-language model: floating-point operations that the model needs
 for a step, its time, and the share of the peak. Where there is no accelerator, the compiler's estimates for a TPU v5e
 stand beside it.
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench import tpu_static
+from bench import captioning, tpu_static
 from bench.common import (
     ROOT,
     Spread,
@@ -66,7 +67,7 @@ from pyvdl.generate import Samples, generate
 from pyvdl.models import VLM, DualEncoder, save_pretrained
 from pyvdl.train import contrastive_loss_fn, fit, vlm_loss
 
-MODES = ("generate", "step", "input")
+MODES = ("generate", "step", "input", "caption")
 REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
 SAMPLES, TOKENS = 10, 32
 MEMORY_PREFIX = 2048  # tokens
@@ -383,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("modes", nargs="*", choices=MODES, default=MODES, help="what to time")
     parser.add_argument("--cases", type=re.compile, default="", help="steps: those whose name this expression finds")
+    parser.add_argument("--clips", type=int, default=captioning.CLIPS, help="caption: of the simulated job")
     parser.add_argument("--rounds", type=int, default=5, help="times that everybody does everything")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "end_to_end.jsonl", help="file that rows are added to"
@@ -401,6 +403,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "input" in options.modes:
             rows += time_manifest()
             rows += time_input(options.rounds)
+        if "caption" in options.modes:
+            rows += captioning.time_captioning(captioning.MODES, options.rounds, options.clips)
         if "step" in options.modes:
             steps: list[dict[str, Any]] = []
             try:

@@ -119,47 +119,50 @@ class Captioner:
             raise ValueError(f"clip size {clip.size}: this model reads {model.config.vision.image_size} pixels")
         self.clip, self.prompt, self.seed, self.batch_size = clip, prompt, seed, batch_size
         self.tokens = 0  # drawn so far
-        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-        self._drawing: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length}
-        self._drawing |= {"temperature": temperature, "top_p": top_p}
+        self.model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self.drawing: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length}
+        self.drawing |= {"temperature": temperature, "top_p": top_p}
         ids = encode_prompts(tokenizer, [prompt])
-        self._prompts = np.broadcast_to(ids, (batch_size, ids.shape[1]))
+        self.prompts = np.broadcast_to(ids, (batch_size, ids.shape[1]))
         if mesh is not None:
             shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
             if batch_size % shares:
                 raise ValueError(f"batch_size={batch_size}: expected a multiple of the {shares} shares of this mesh")
             graphdef, state = nnx.split(model)
             placed = jax.tree.map(partial(put, copy=False), state, tree_shardings(state, mesh))
-            self._model = nnx.merge(graphdef, placed)
+            self.model = nnx.merge(graphdef, placed)
 
     def recipe(self) -> dict[str, Any]:
         """All that the captions depend on besides the clips; the batch size in their last bits."""
-        asked = {"prompt": self.prompt, "seed": self.seed, "batch_size": self.batch_size} | self._drawing
-        model = model_digest(self._model, self._tokenizer)
+        asked = {"prompt": self.prompt, "seed": self.seed, "batch_size": self.batch_size} | self.drawing
+        model = model_digest(self.model, self._tokenizer)
         return {"model_sha256": model, "clip": dataclasses.asdict(self.clip)} | asked
 
-    def rows(self, batches: Iterable[Decoded]) -> Iterator[list[CaptionRow]]:
-        """The rows of each batch. One batch turns into text while the device works on the next."""
+    def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
+        """The rows of each batch. One batch turns into text while the device works on the next.
+
+        names: what else is said in each row, model_sha256 and recipe_sha256.
+        """
         previous: tuple[Decoded, Samples | None] | None = None
         for batch in batches:
             # A batch without one good clip costs no device time.
             samples = self._draw(batch) if None in batch.errors else None
             if previous is not None:  # dispatch is asynchronous
-                yield self._told(*previous)
+                yield self._told(*previous, names)
             previous = batch, samples
         if previous is not None:
-            yield self._told(*previous)
+            yield self._told(*previous, names)
 
     def _draw(self, batch: Decoded) -> Samples:
         seeds = np.zeros(self.batch_size, np.uint32)
         seeds[: len(batch.records)] = [clip_seed(record, self.seed) for record in batch.records]
         if self._mesh is None:
-            return generate(self._model, batch.data, self._prompts, seeds=seeds, **self._drawing)
+            return generate(self.model, batch.data, self.prompts, seeds=seeds, **self.drawing)
         with jax.set_mesh(self._mesh):
             frames = jax.device_put(batch.data, batch_sharding(self._mesh))
-            return generate(self._model, frames, self._prompts, seeds=seeds, **self._drawing)
+            return generate(self.model, frames, self.prompts, seeds=seeds, **self.drawing)
 
-    def _told(self, batch: Decoded, samples: Samples | None) -> list[CaptionRow]:
+    def _told(self, batch: Decoded, samples: Samples | None, names: dict[str, str]) -> list[CaptionRow]:
         rows = []
         if samples is not None:
             tokens, log_probs, lengths = (np.asarray(array) for array in samples)
@@ -184,6 +187,7 @@ class Captioner:
                     error=batch.errors[i],
                     seed=clip_seed(record, self.seed),
                     extra=carried(record),
+                    **names,
                 )
             )
         return rows

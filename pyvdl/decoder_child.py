@@ -95,7 +95,7 @@ class _Requests(Iterator[ClipRequest]):
             raise StopIteration
         try:
             task: Task = self._link.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the parent wants no more
             raise StopIteration from None
         self.tasks.append(task)
         for row in range(self._batch_size):

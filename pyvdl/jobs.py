@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvdl.data import Record, parse_record
+from pyvdl.data import Question, Record
 from pyvdl.rows import ROW_NAMES, CaptionRow, Counts, Format, Kind, count_shard, encode_shard, shard_name, widened
-from pyvdl.sources import absolute
+from pyvdl.sources import absolute, file_path
 from pyvdl.storage import Folder, read_object, refuse_another
 
 JOB_FILE = "job.json"
 _SCRATCH = ".planning-"
 _BUCKETS = 4096
 _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
+_TEXTS = ("narrative", "alt_text", "label", "split", "group")  # of a record
 _RATED = 32  # shards that a rate is taken from
+_DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
 
 
@@ -110,7 +112,7 @@ class Job:
         data = (self.folder / "work").read(name)
         if _digest(data) != self.digests[shard]:
             raise ValueError(f"{self.folder.name}/work/{name} is not what the job wrote: restore it, or begin anew")
-        return [parse_record(json.loads(line), Path("/")) for line in data.splitlines()]
+        return [_record(line) for line in data.splitlines()]
 
     def missing(self) -> list[int]:
         """The shards that nobody has finished."""
@@ -154,11 +156,10 @@ class Job:
 
 def carried(record: Record) -> dict[str, Any]:
     """What a row takes over from its record. A column called as one of the row's own becomes source_NAME."""
-    values: dict[str, Any] = {
-        name: value
-        for name in ("narrative", "alt_text", "label", "split", "group")
-        if (value := getattr(record, name)) is not None
-    }
+    values: dict[str, Any] = {}
+    for name in _TEXTS:
+        if (value := getattr(record, name)) is not None:
+            values[name] = value
     if record.captions:
         values["captions"] = list(record.captions)
     if record.questions:
@@ -263,22 +264,22 @@ class _Planner:
             before = Spill(scratch / "before")
             for shard in range(job.shards):
                 for record in job.work(shard):
-                    _add_key(before, record.key, _line(record))
+                    _add_key(before, record.key, _line(record, record.video))
             counts: Counter[str] = Counter()
-            some: dict[str, list[str]] = {"added": [], "removed": [], "changed": []}
+            some: dict[str, list[bytes]] = {"added": [], "removed": [], "changed": []}
 
-            def note(what: str, keys: Iterable[str]) -> None:
+            def note(what: str, keys: Iterable[bytes]) -> None:
                 found = list(keys)
                 counts[what] += len(found)
                 some[what] = sorted([*some[what], *found])[:3]
 
             for old, new in zip(before.buckets(), self._by_key.buckets()):
-                was, now = dict(map(_key_of, old)), dict(map(_key_of, new))
+                was, now = ({line[_DIGEST:]: line[:_DIGEST] for line in lines} for lines in (old, new))
                 note("added", now.keys() - was.keys())
                 note("removed", was.keys() - now.keys())
                 note("changed", (key for key in was.keys() & now.keys() if was[key] != now[key]))
         told = "; ".join(
-            f"{counts[what]} {what} ({', '.join(map(repr, keys))}{', ...' if counts[what] > 3 else ''})"
+            f"{counts[what]} {what} ({_shown(keys)}{', ...' if counts[what] > 3 else ''})"
             for what, keys in some.items()
             if keys
         )
@@ -293,9 +294,10 @@ class _Planner:
         count = 0
         for record in records:
             count += 1
-            line = _line(record)
+            video = absolute(record.video)
+            line = _line(record, video)
             _add_key(self._by_key, record.key, line)
-            place = _place(record)
+            place = _place(record, video)
             self._by_file.add(place[0], struct.pack(">QQd", *place).hex().encode() + line)
             for name, value in carried(record).items():
                 columns[name] = widened(columns.get(name), value)
@@ -306,17 +308,15 @@ class _Planner:
 
     def _refuse_duplicates(self) -> None:
         total = 0
-        some: list[str] = []
+        some: list[bytes] = []
         for lines in self._by_key.buckets():
-            seen = Counter(_key_of(line)[0] for line in lines)
+            seen = Counter(line[_DIGEST:] for line in lines)
             if len(seen) < len(lines):
                 found = [key for key, times in seen.items() if times > 1]
                 total += len(found)
                 some = sorted([*some, *found])[:3]
         if total:
-            raise ValueError(
-                f"{total} keys stand for more than one clip ({', '.join(map(repr, some))}): give each clip its own"
-            )
+            raise ValueError(f"{total} keys stand for more than one clip ({_shown(some)}): give each clip its own")
 
     def _lists(self) -> Iterator[bytes]:
         """The lists of all shards, one after the other."""
@@ -352,24 +352,36 @@ def _work_name(shard: int, shards: int) -> str:
     return f"{shard:05d}-of-{shards:05d}.jsonl"
 
 
-def _line(record: Record) -> bytes:
-    """A record as a line that `parse_record` reads, the same for the same record however its path was spelled."""
-    values: dict[str, Any] = {"key": record.key, "video": absolute(record.video), "start_seconds": record.start_seconds}
-    for name in ("end_seconds", "byte_range", "narrative", "alt_text", "label", "split", "group"):
+def _line(record: Record, video: str) -> bytes:
+    """A record as one line, the same for the same record however its path was spelled; `video` is absolute."""
+    values: dict[str, Any] = {"key": record.key, "video": video, "start_seconds": record.start_seconds}
+    for name in ("end_seconds", "byte_range", *_TEXTS):
         if (value := getattr(record, name)) is not None:
             values[name] = value
     if record.captions:
         values["captions"] = record.captions
     if record.questions:
         values["questions"] = [dataclasses.asdict(question) for question in record.questions]
-    return json.dumps(values | dict(record.extra), ensure_ascii=False).encode()
+    if record.extra:
+        values["extra"] = dict(record.extra)
+    return json.dumps(values).encode()
 
 
-def _place(record: Record) -> tuple[int, int, float]:
+def _record(line: bytes) -> Record:
+    """The record of a line that `_line` made."""
+    values = json.loads(line)
+    for name in ("byte_range", "captions"):
+        if name in values:
+            values[name] = tuple(values[name])
+    if "questions" in values:
+        values["questions"] = tuple(Question(**question) for question in values["questions"])
+    return Record(**values)
+
+
+def _place(record: Record, video: str) -> tuple[int, int, float]:
     """Where a clip stands among all: hash of its file, where in the file the video begins, and where the clip."""
-    path = record.source if isinstance(record.source, str) else record.source.path
     offset = 0 if record.byte_range is None else record.byte_range[0]
-    return _hash64(absolute(str(path)).encode()), offset, record.start_seconds
+    return _hash64(file_path(video).encode(errors="surrogatepass")), offset, record.start_seconds
 
 
 def _hash64(data: bytes) -> int:
@@ -381,9 +393,10 @@ def _digest(data: bytes) -> str:
 
 
 def _add_key(spill: Spill, key: str, line: bytes) -> None:
-    spill.add(_hash64(key.encode()), json.dumps([key, _digest(line)]).encode())
+    """Adds a key, in one line whatever is in it, after the digest of its clip."""
+    name = key.replace("\\", "\\\\").replace("\n", "\\n").encode(errors="surrogatepass")
+    spill.add(_hash64(name), _digest(line).encode() + name)
 
 
-def _key_of(line: bytes) -> tuple[str, str]:
-    key, digest = json.loads(line)
-    return key, digest
+def _shown(names: list[bytes]) -> str:
+    return ", ".join(repr(name.decode(errors="replace")) for name in names)

@@ -7,7 +7,6 @@ here: alone, or as one of several processes that share the shards between them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections import deque
@@ -84,10 +83,10 @@ def caption_shards(
             yield Decoded(records=under_way.popleft(), data=batch.data, errors=batch.errors, release=batch.release)
 
     rows: list[CaptionRow] = []
-    for found in captioner.rows(decoded()):
+    for found in captioner.rows(decoded(), **names):
         tally.tokens = captioner.tokens
+        rows += found
         for row in found:
-            rows.append(dataclasses.replace(row, **names))
             tally.counts.add(row)
         tally.watch()
         shard, size = sizes[0]

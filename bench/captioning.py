@@ -1,0 +1,346 @@
+"""Times captioning jobs: `python -m bench.end_to_end caption`, or `python -m bench.captioning MODE` for one part.
+
+host: the pipeline with a model that costs nothing, beside `ClipLoader` alone on the same threads.
+device: the pipeline with a decoder that costs nothing, beside `generate` alone.
+both: the pipeline with both real, beside the longer of the two alone: decoding on one thread, the model on another.
+bookkeeping: a job of many clips with neither: splitting, rows, files and resuming, in time and memory for each clip.
+
+Ratios are medians over interleaved rounds. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bench.common import (
+    ROOT,
+    Spread,
+    Timing,
+    append_rows,
+    environment,
+    format_table,
+    interleave,
+    measure,
+    progress,
+    ratio,
+)
+from bench.corpus import Case, make_clip
+from pyvdl import ClipLoader
+from pyvdl.caption import Captioner, Decoded, clip_request
+from pyvdl.config import ClipConfig, GemmaConfig, ViTConfig, VLMConfig
+from pyvdl.data import Record
+from pyvdl.decoder_process import DecoderProcess, Frames
+from pyvdl.generate import generate
+from pyvdl.jobs import Job, carried, open_job
+from pyvdl.models import VLM
+from pyvdl.pipeline import caption_shards
+from pyvdl.rows import CaptionRow
+from pyvdl.storage import Folder
+from pyvdl.text import CAPTION_PROMPT, WordTokenizer
+
+MODES = ("host", "device", "both", "bookkeeping")
+BATCH, PREFETCH, SHARD = 8, 2, 64
+SAMPLES, TOKENS = 4, 16
+CLIPS = 1_000_000  # of the bookkeeping
+VIDEOS = {"240p, 4 s": (426, 240, 4.0), "720p, 1 s": (1280, 720, 1.0)}
+NAMES = {"model_sha256": "bench"}
+# One thread for all of XLA: the other core decodes.
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def small(tokenizer: WordTokenizer, frames: int) -> VLM:
+    vision = ViTConfig(image_size=56, width=192, depth=4, num_heads=3, mlp_dim=768, dtype="float32")
+    language = GemmaConfig(
+        vocab_size=tokenizer.vocab_size, width=256, depth=4, num_heads=4, head_dim=64, mlp_dim=1024, dtype="float32"
+    )
+    return VLM(VLMConfig(vision=vision, language=language, num_frames=frames), rngs=nnx.Rngs(0))
+
+
+class _FreeModel:
+    """Rows at no cost; a Captioner in what `caption_shards` asks of it."""
+
+    tokens = 0
+
+    def __init__(self, clip: ClipConfig, batch_size: int) -> None:
+        self.clip, self.batch_size = clip, batch_size
+
+    def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
+        for batch in batches:
+            batch.release()
+            yield [row_of(record) for record in batch.records]
+
+
+class _FreeDecoder:
+    """The same frames again and again; a DecoderProcess in what `caption_shards` asks of it."""
+
+    def __init__(self, frames: np.ndarray) -> None:
+        self._frames = frames
+
+    def decode(self, batches: Iterable[Sequence[Any]]) -> Iterator[Frames]:
+        return (Frames(self._frames, [None] * len(batch), lambda: None) for batch in batches)
+
+
+def row_of(record: Record) -> CaptionRow:
+    return CaptionRow(
+        key=record.key,
+        video=record.video,
+        start_seconds=record.start_seconds,
+        end_seconds=record.end_seconds,
+        captions=["a red ball moves left, then right", "a blue star turns"],
+        log_probs=[-12.5, -10.25],
+        prompt=CAPTION_PROMPT,
+        status="ok",
+        error=None,
+        seed=0,
+        extra=carried(record),
+    )
+
+
+def job_of(folder: str, video: Path, clips: int) -> Job:
+    records = [Record(key=str(i), video=str(copy)) for i, copy in enumerate(copies(video, clips))]
+    return open_job(Folder(folder), NAMES, records, shard_size=SHARD, format="parquet")
+
+
+def copies(video: Path, clips: int) -> list[Path]:
+    """Names of their own for one file: clips of one file would share their decoding."""
+    found = [video.with_name(f"{video.stem}-{i}{video.suffix}") for i in range(clips)]
+    for path in found:
+        if not path.exists():
+            os.link(video, path)
+    return found
+
+
+def run(captioner: Any, decoder: Any, job: Job) -> None:
+    for shard, rows in caption_shards(captioner, decoder, job, range(job.shards)):
+        job.finish(shard, rows)
+
+
+def decode_alone(job: Job, clip: ClipConfig, threads: int) -> None:
+    requests = [clip_request(record) for shard in range(job.shards) for record in job.work(shard)]
+    loader = ClipLoader(requests, batch_size=BATCH, num_threads=threads, prefetch=PREFETCH, **dataclasses.asdict(clip))
+    assert all(batch.ok.all() for batch in loader)
+
+
+def decoding(clip: ClipConfig, threads: int) -> DecoderProcess:
+    return DecoderProcess(clip, batch_size=BATCH, num_threads=threads, prefetch=PREFETCH, timeout_seconds=60.0)
+
+
+def host(rounds: int, clips: int = 64) -> list[dict[str, Any]]:
+    """Rows and a table of the pipeline with a free model beside the loader alone."""
+    clip = ClipConfig(sampling="uniform")
+    threads = len(os.sched_getaffinity(0))
+    rows = []
+    for name, (width, height, seconds) in VIDEOS.items():
+        progress(f"caption, host: {name}")
+        with tempfile.TemporaryDirectory() as folder, decoding(clip, threads) as decoder:
+            video = make_clip(Case(f"h264-{height}p", ".mp4", "libx264", width, height, seconds=seconds), Path(folder))
+            job = job_of(f"{folder}/job", video, clips)
+            model = _FreeModel(clip, BATCH)
+            parts: dict[str, Callable[[], None]] = {
+                "ClipLoader": functools.partial(decode_alone, job, clip, threads),
+                "pipeline": functools.partial(run, model, decoder, job),
+            }
+            timings = compare(parts, rounds)
+        rows.append(told("host", name, clips, timings, {"threads": threads}))
+    return rows
+
+
+def device(rounds: int, batches: int = 24) -> list[dict[str, Any]]:
+    captioner = model_of(8)
+    frames = np.zeros((BATCH, 8, 56, 56, 3), np.uint8)
+    progress("caption, device")
+    with tempfile.TemporaryDirectory() as folder:
+        job = open_job(
+            Folder(folder),
+            NAMES,
+            [Record(key=str(i), video=f"/{i}") for i in range(batches * BATCH)],
+            shard_size=SHARD,
+            format="parquet",
+        )
+        parts = {
+            "generate": lambda: generate_alone(captioner, frames, batches),
+            "pipeline": lambda: run(captioner, _FreeDecoder(frames), job),
+        }
+        timings = compare(parts, rounds)
+    return [told("device", "small PaliGemma", batches * BATCH, timings, {"device": jax.devices()[0].device_kind})]
+
+
+def model_of(frames: int) -> Captioner:
+    tokenizer = WordTokenizer.from_texts([CAPTION_PROMPT, "a red ball moves left then right and a blue star turns"])
+    clip = ClipConfig(num_frames=frames, sampling="uniform", short_side=64, size=56)
+    return Captioner(
+        small(tokenizer, frames), tokenizer, clip=clip, num_samples=SAMPLES, max_length=TOKENS, batch_size=BATCH
+    )
+
+
+def generate_alone(captioner: Captioner, frames: np.ndarray, batches: int) -> None:
+    """As fast as `generate` goes: the next call is made before the last one's tokens are read."""
+    previous = None
+    for number in range(batches):
+        seeds = np.arange(BATCH, dtype=np.uint32) + number * BATCH
+        samples = generate(captioner.model, frames, captioner.prompts, seeds=seeds, **captioner.drawing)
+        if previous is not None:
+            np.asarray(previous.tokens)
+        previous = samples
+    assert previous is not None
+    np.asarray(previous.tokens)
+
+
+def both(rounds: int, batches: int = 16) -> list[dict[str, Any]]:
+    """In a process whose XLA has one thread."""
+    command = [sys.executable, "-m", "bench.captioning", "both-here", "--rounds", str(rounds)]
+    found = subprocess.run(
+        command,
+        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+
+
+def both_here(rounds: int, batches: int = 16) -> list[dict[str, Any]]:
+    captioner = model_of(8)
+    clip = captioner.clip
+    frames = np.zeros((BATCH, 8, 56, 56, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder, decoding(clip, 1) as decoder:
+        progress("caption, both")
+        video = make_clip(Case("h264-480p", ".mp4", "libx264", 854, 480, seconds=2.0), Path(folder))
+        job = job_of(f"{folder}/job", video, batches * BATCH)
+        parts = {
+            "ClipLoader": lambda: decode_alone(job, clip, 1),
+            "generate": lambda: generate_alone(captioner, frames, batches),
+            "pipeline": lambda: run(captioner, decoder, job),
+        }
+        timings = compare(parts, rounds)
+    longer = [max(a, b) for a, b in zip(timings["ClipLoader"], timings["generate"], strict=True)]
+    row = told("both", "480p, 2 s; small PaliGemma", batches * BATCH, timings, {"threads": 1})
+    return [row | {"over_the_longer": ratio(timings["pipeline"], longer)}]
+
+
+def compare(parts: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each part, one a round, after one that does not count."""
+
+    def timed(name: str, _: int) -> Timing:
+        return measure(parts[name])[1]
+
+    for name in parts:
+        timed(name, 0)
+    return {name: [t.wall_seconds for t in found] for name, found in interleave(list(parts), timed, rounds).items()}
+
+
+def told(part: str, case: str, clips: int, timings: dict[str, list[float]], more: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"bench": f"caption {part}", "case": case, "clips": clips} | more
+    for name, seconds in timings.items():
+        row[f"{name}_clips_a_second"] = clips / Spread.of(seconds).median
+        if name != "pipeline":
+            row[f"pipeline_over_{name}"] = ratio(seconds, timings["pipeline"])  # of rates
+    return row
+
+
+def bookkeeping(clips: int, shard_size: int = 10_000) -> list[dict[str, Any]]:
+    """A job of `clips` clips, four of each video, whose frames and captions cost nothing."""
+
+    def records() -> Iterator[Record]:
+        for i in range(clips):
+            start = 10.0 * (i % 4)
+            path = f"/videos/{i // 4 % 1000:03d}/{i // 4:09d}.mp4"
+            yield Record(key=f"{i:010d}", video=path, start_seconds=start, end_seconds=start + 10.0, extra={"n": i})
+
+    steps: dict[str, tuple[float, float]] = {}  # wall and processor time, microseconds a clip
+    memory = [memory_bytes()]
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+
+        def step[T](name: str, work: Callable[[], T]) -> T:
+            progress(f"caption, bookkeeping: {name}")
+            found, timing = measure(work)
+            steps[name] = (1e6 * timing.wall_seconds / clips, 1e6 * timing.cpu_seconds / clips)
+            memory.append(memory_bytes())
+            return found
+
+        def opened(records: Iterable[Record]) -> Job:
+            return open_job(
+                Folder(folder), NAMES, records, shard_size=shard_size, format="parquet", input_sha256="bench"
+            )
+
+        def captioned(shards: Iterable[int]) -> None:
+            decoder: Any = _FreeDecoder(np.zeros((BATCH, 1), np.uint8))
+            model: Any = _FreeModel(ClipConfig(), BATCH)
+            for shard, rows in caption_shards(model, decoder, job, shards):
+                job.finish(shard, rows)
+
+        job = step("split", lambda: opened(records()))
+        step("caption", lambda: captioned(range(job.shards)))
+        left = step("resume", lambda: opened([]).missing())
+        counts = step("count", lambda: job.status())
+    assert (left, counts.rows) == ([], clips)
+    total = sum(cpu for _, cpu in steps.values())
+    table = [["bookkeeping, us a clip", "wall", "processor"]]
+    table += [[name, f"{wall:.2f}", f"{cpu:.2f}"] for name, (wall, cpu) in steps.items()]
+    print(f"\n{format_table(table)}")
+    print(
+        f"{clips} clips; memory {memory[0] >> 20} MiB before, {', '.join(str(m >> 20) for m in memory[1:])} after each"
+    )
+    row: dict[str, Any] = {"bench": "caption bookkeeping", "clips": clips, "microseconds": steps, "total": total}
+    return [row | {"memory_bytes": memory}]
+
+
+def memory_bytes() -> int:
+    """Resident at the most since the last call, where the kernel can say so; else since the start."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def time_captioning(modes: Sequence[str], rounds: int, clips: int) -> list[dict[str, Any]]:
+    parts = {"host": host, "device": device, "both": both, "both-here": both_here}
+    rows = [row for mode in modes if mode in parts for row in parts[mode](rounds)]
+    for row in rows:
+        print(
+            f"{row['bench']}, {row['case']}: "
+            + ", ".join(
+                f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items() if isinstance(value, float)
+            )
+        )
+    if "bookkeeping" in modes:
+        rows += bookkeeping(clips)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.captioning", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("modes", nargs="*", choices=(*MODES, "both-here"), default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="of the bookkeeping")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "captioning.jsonl")
+    options = parser.parse_args()
+    if options.modes == ["both-here"]:
+        print("\n".join(json.dumps(row) for row in both_here(options.rounds)))
+        return
+    env = environment(("jax", "jaxlib", "numpy", "pyarrow"))
+    print(f"{env['cpu']}, {env['cores']} cores (load {env['load']}), {env['system']}")
+    begin = time.perf_counter()
+    rows = time_captioning(options.modes, options.rounds, options.clips)
+    append_rows(options.out, {"environment": env}, rows)
+    print(f"rows: {options.out} ({time.perf_counter() - begin:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
