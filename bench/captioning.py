@@ -39,7 +39,6 @@ from bench.common import (
     progress,
     ratio,
 )
-from bench.corpus import Case, make_clip
 from pyvdl import ClipLoader
 from pyvdl.caption import Captioner, Decoded, clip_request
 from pyvdl.config import ClipConfig, GemmaConfig, ViTConfig, VLMConfig
@@ -116,6 +115,12 @@ def job_of(folder: str, video: Path, clips: int) -> Job:
     return open_job(Folder(folder), NAMES, records, shard_size=SHARD, format="parquet")
 
 
+def video_of(width: int, height: int, seconds: float, folder: Path) -> Path:
+    from bench.corpus import Case, make_clip  # it wants PyAV
+
+    return make_clip(Case(f"h264-{height}p", ".mp4", "libx264", width, height, seconds=seconds), folder)
+
+
 def copies(video: Path, clips: int) -> list[Path]:
     """Names of their own for one file: clips of one file would share their decoding."""
     found = [video.with_name(f"{video.stem}-{i}{video.suffix}") for i in range(clips)]
@@ -148,7 +153,7 @@ def host(rounds: int, clips: int = 64) -> list[dict[str, Any]]:
     for name, (width, height, seconds) in VIDEOS.items():
         progress(f"caption, host: {name}")
         with tempfile.TemporaryDirectory() as folder, decoding(clip, threads) as decoder:
-            video = make_clip(Case(f"h264-{height}p", ".mp4", "libx264", width, height, seconds=seconds), Path(folder))
+            video = video_of(width, height, seconds, Path(folder))
             job = job_of(f"{folder}/job", video, clips)
             model = _FreeModel(clip, BATCH)
             parts: dict[str, Callable[[], None]] = {
@@ -221,7 +226,7 @@ def both_here(rounds: int, batches: int = 16) -> list[dict[str, Any]]:
     frames = np.zeros((BATCH, 8, 56, 56, 3), np.uint8)
     with tempfile.TemporaryDirectory() as folder, decoding(clip, 1) as decoder:
         progress("caption, both")
-        video = make_clip(Case("h264-480p", ".mp4", "libx264", 854, 480, seconds=2.0), Path(folder))
+        video = video_of(854, 480, 2.0, Path(folder))
         job = job_of(f"{folder}/job", video, batches * BATCH)
         parts = {
             "ClipLoader": lambda: decode_alone(job, clip, 1),

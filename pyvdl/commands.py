@@ -597,11 +597,11 @@ def _versions() -> dict[str, str]:
     return ours | theirs
 
 
-def _input(paths: Sequence[str]) -> Input:
+def _input(paths: Sequence[str], window_seconds: float | None = None) -> Input:
     """The clips that `paths` list; of a damaged tar those that are whole, and what is wrong with it."""
     from pyvdl.manifests import Input
 
-    return Input(paths, on_damage=lambda error: print(f"left out of the data: {error}", file=sys.stderr))
+    return Input(paths, lambda error: print(f"left out of the data: {error}", file=sys.stderr), window_seconds)
 
 
 def _read(path: Path) -> list[Record]:
@@ -651,7 +651,7 @@ def _asked(arguments: argparse.Namespace) -> Input:
     paths = [*arguments.videos, *arguments.more_videos]
     if not paths:
         raise UsageError("no videos: name files, folders or manifests")
-    return _input(paths)
+    return _input(paths, getattr(arguments, "window_seconds", None))
 
 
 def _listed(records: Iterable[Record]) -> list[Record]:

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from pyvdl.sources import DecodeError, FileSlice, is_url, read_whole
-from pyvdl.video import ClipLoader, ClipRequest, Limits
+from pyvdl.sources import DecodeError, FileSlice, Source, is_url, read_whole
+from pyvdl.video import ClipLoader, ClipRequest, Limits, VideoDecoder
 
 _BEAT_SECONDS = 0.25
 
@@ -109,7 +109,24 @@ class _Requests(Iterator[ClipRequest]):
 _EMPTY = ClipRequest(b"")  # fails at once; its frames are zeros
 
 
-def main() -> None:
+def measure() -> None:
+    """Takes the link's descriptor as an argument, and answers each list of videos with their lengths in seconds."""
+    link = Connection(int(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    link.send(Beat(0))
+    while True:
+        try:
+            sources: list[Source] = link.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        for source in sources:
+            try:
+                link.send(VideoDecoder(source).metadata.duration_seconds)
+            except DecodeError:
+                link.send(None)
+
+
+def decode() -> None:
     """Takes two descriptors as arguments: of the link, and of the memory."""
     link, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     lock = threading.Lock()
@@ -122,6 +139,7 @@ def main() -> None:
     slots = np.ndarray(setup.shape, np.uint8, mmap.mmap(memory, int(np.prod(setup.shape))))
     requests = _Requests(link, setup.shape[1], setup.options["num_threads"])
     loader = ClipLoader(requests, batch_size=setup.shape[1], **setup.options)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     threading.Thread(target=_beat, args=(loader, requests, send), daemon=True).start()
     send(Beat(0))
     for batch in loader:
@@ -141,11 +159,9 @@ def main() -> None:
 
 def _beat(loader: ClipLoader, requests: _Requests, send: Any) -> None:
     """Tells the parent that something moves, which the main thread cannot while the loader waits for a batch."""
-    parent, told = os.getppid(), 0
+    told = 0
     while True:
         time.sleep(_BEAT_SECONDS)
-        if os.getppid() != parent:
-            os._exit(1)
         count = loader.clips_done + requests.fetched
         if count != told:
             told = count
@@ -153,3 +169,10 @@ def _beat(loader: ClipLoader, requests: _Requests, send: Any) -> None:
                 send(Beat(count))
             except OSError:
                 os._exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_BEAT_SECONDS)
+    os._exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import mmap
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
@@ -26,13 +27,13 @@ import numpy as np
 
 from pyvdl.config import ClipConfig
 from pyvdl.decoder_child import Beat, Done, Setup, Task
-from pyvdl.sources import source_name
+from pyvdl.sources import Source, source_name
 from pyvdl.video import ClipRequest
 
-_CHILD = "from pyvdl.decoder_child import main; main()"
 _GRACE_SECONDS = 5.0  # beyond a clip's limit, in which the child's own limit comes first
 _START_SECONDS = 120.0  # for an interpreter and its imports on a busy machine
 _CORE_SECONDS = 20.0  # that a crashed process may take to leave its core
+_MEASURED = 64  # videos that the child is told at once
 _HELD = 2  # batches that the caller may hold while it asks for the next
 
 
@@ -68,8 +69,7 @@ class DecoderProcess:
         self._free = deque(range(count))
         self._under_way: deque[Task] = deque()  # in the child, the oldest first
         self._suspects: deque[Task] = deque()  # that were under way when a child was lost, to be decoded one by one
-        self._process: subprocess.Popen[bytes] | None = None
-        self._link: Connection | None = None
+        self._child: _Child | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +87,7 @@ class DecoderProcess:
     @property
     def pid(self) -> int | None:
         """Of the child, while there is one."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     def decode(self, batches: Iterable[Sequence[ClipRequest]]) -> Iterator[Frames]:
         """The frames of each batch, in order. `batches` is read ahead, as far as there are slots."""
@@ -139,72 +139,111 @@ class DecoderProcess:
 
         return Frames(self._slots[task.slot], [errors.get(row) for row in task.rows], release)
 
+    def _end(self, patience_seconds: float) -> None:
+        if self._child is not None:
+            self._child.end(patience_seconds)
+            self._child = None
+
     def _send(self, task: Task) -> None:
         self._under_way.append(task)
-        if self._link is None:
-            self._start()
-        assert self._link is not None
+        if self._child is None:
+            self._child = _Child("decode", self._setup, self._memory)
         with contextlib.suppress(OSError):  # it has ended: the wait for its answer finds out why
-            self._link.send(task)
+            self._child.link.send(task)
 
     def _wait(self, task: Task) -> Done | str:
         """The answer to the oldest task under way, or why there will be none: the child is gone then."""
-        assert self._link is not None
-        assert self._process is not None
+        assert self._child is not None
+        link = self._child.link
         files = Counter(source_name(request.source) for t in self._under_way for request in t.rows.values())
         limit = self._limit * max(files.values(), default=1) + _GRACE_SECONDS
         deadline = time.monotonic() + limit
         while True:
             try:
-                if not self._link.poll(max(0.0, deadline - time.monotonic())):
+                if not link.poll(max(0.0, deadline - time.monotonic())):
                     self._end(0)
                     return f"timed out: nothing came for {limit:g} s, the decoder's process was ended"
-                message = self._link.recv()
+                message = link.recv()
             except (EOFError, OSError):
-                return f"crashed: the decoder's process was ended by {_cause(self._end(_CORE_SECONDS))}"
+                child, self._child = self._child, None
+                return f"crashed: the decoder's process was ended by {child.cause()}"
             if isinstance(message, Done):
                 assert message.slot == task.slot
                 return message
             deadline = time.monotonic() + limit
 
-    def _start(self) -> None:
-        """Starts a child; raises RuntimeError where none can be started."""
+
+class _Child:
+    """A process that runs a function of `pyvdl.decoder_child`, and the link to it."""
+
+    def __init__(self, entry: str, first: Setup | None = None, memory: int | None = None) -> None:
+        """Starts it; raises RuntimeError where that cannot be. `first` is the first thing it is told."""
         ours, theirs = socketpair()
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        descriptors = [theirs.fileno(), *([] if memory is None else [memory])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(self._memory)],
+                [sys.executable, "-c", f"from pyvdl.decoder_child import {entry}; {entry}()", *map(str, descriptors)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._memory),
+                pass_fds=descriptors,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             )
-        self._link = Connection(ours.detach())
+        self.link = Connection(ours.detach())
         try:
-            self._link.send(self._setup)
-            if self._link.poll(_START_SECONDS) and isinstance(self._link.recv(), Beat):
+            if first is not None:
+                self.link.send(first)
+            if self.link.poll(_START_SECONDS) and isinstance(self.link.recv(), Beat):
                 return
         except (EOFError, OSError):
             pass
-        raise RuntimeError(f"the decoder's process does not start: it ended by {_cause(self._end(_CORE_SECONDS))}")
+        raise RuntimeError(f"the decoder's process does not start: it ended by {self.cause()}")
 
-    def _end(self, patience_seconds: float) -> int:
-        """Ends the child, if there is one; returns how it ended. Of itself it does so when the link is closed."""
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-        if self._process is None:
-            return 0
-        process, self._process = self._process, None
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def cause(self) -> str:
+        """What ended it, once the link is broken."""
+        code = self.end(_CORE_SECONDS)
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def end(self, patience_seconds: float) -> int:
+        """Ends it and returns how it ended. Of itself it does so when the link is closed."""
+        self.link.close()
         try:
-            return process.wait(patience_seconds)
+            return self._process.wait(patience_seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+            self._process.kill()
+            return self._process.wait()
 
 
-def _cause(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+def measure_seconds(sources: Iterable[Source], *, timeout_seconds: float) -> Generator[float | None]:
+    """How long each video is; None where nobody can tell, be it that it hangs or takes its process down."""
+    waiting = iter(sources)
+    child: _Child | None = None
+    try:
+        while chunk := list(itertools.islice(waiting, _MEASURED)):
+            while chunk:
+                if child is None:
+                    child = _Child("measure")
+                with contextlib.suppress(OSError):
+                    child.link.send(chunk)
+                while chunk and child is not None:
+                    found: float | None = None
+                    try:
+                        good = child.link.poll(timeout_seconds)
+                        found = child.link.recv() if good else None
+                    except (EOFError, OSError):
+                        good = False
+                    if not good:  # the first without an answer is the one that it was at
+                        child.end(0)
+                        child = None
+                    del chunk[0]
+                    yield found
+    finally:
+        if child is not None:
+            child.end(0.5)
 
 
 def _shared_memory(size: int) -> int:

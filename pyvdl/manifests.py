@@ -5,22 +5,27 @@ Manifests (JSONL, CSV, Parquet), WebDataset tars, folders and patterns, on disks
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
+import itertools
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from pyvdl.archives import DamagedArchive, expand, read_archive
 from pyvdl.data import Record, parse_object, parse_record
+from pyvdl.decoder_process import measure_seconds
 from pyvdl.sources import VIDEO_SUFFIXES, is_url
 
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 _NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
 _PARQUET_ROWS = 1024  # at a time
+_MEASURED = 64  # clips at a time
 _CHUNK_BYTES = 1 << 20
 
 OnDamage = Callable[[DamagedArchive], None]
@@ -35,13 +40,23 @@ class Input:
     relative video is relative to its manifest.
 
     on_damage: is told of each damaged tar, of which the whole samples are taken; without it that is an error.
+    window_seconds: cuts each clip into windows, see `cut`.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], on_damage: OnDamage | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        on_damage: OnDamage | None = None,
+        window_seconds: float | None = None,
+    ) -> None:
         self._files = [file for path in paths for file in _files(os.fspath(path))]
         self._on_damage = on_damage
+        self._window_seconds = window_seconds
 
     def __iter__(self) -> Iterator[Record]:
+        return self._read() if self._window_seconds is None else cut(self._read(), self._window_seconds)
+
+    def _read(self) -> Iterator[Record]:
         for file in self._files:
             suffix = os.path.splitext(file)[1].lower()
             if suffix == ".tar":
@@ -53,7 +68,7 @@ class Input:
 
     def sha256(self) -> str:
         """Stands for all clips listed: names, contents of manifests, sizes and times of tars."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self._window_seconds}\0".encode())
         for file in self._files:
             suffix = os.path.splitext(file)[1].lower()
             digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
@@ -73,6 +88,31 @@ class Input:
                 raise
             self._on_damage(error)
             return error.records
+
+
+def cut(records: Iterable[Record], seconds: float, *, timeout_seconds: float = 60.0) -> Iterator[Record]:
+    """Cuts each clip into windows of so many seconds, with the keys KEY#0000, KEY#0001, ...
+
+    The last one is longer by what is left where that is less than half a window, else shorter. A clip without an end is
+    measured, within timeout_seconds; one that cannot be stays as it is.
+    """
+    for some in itertools.batched(records, _MEASURED):
+        lengths = measure_seconds((r.source for r in some if r.end_seconds is None), timeout_seconds=timeout_seconds)
+        with contextlib.closing(lengths):
+            for record in some:
+                end = next(lengths) if record.end_seconds is None else record.end_seconds
+                start = record.start_seconds
+                if end is None or end <= start:
+                    yield record
+                    continue
+                count = max(1, math.floor((end - start) / seconds + 0.5))
+                for i in range(count):
+                    yield dataclasses.replace(
+                        record,
+                        key=f"{record.key}#{i:04d}",
+                        start_seconds=start + i * seconds,
+                        end_seconds=end if i == count - 1 else start + (i + 1) * seconds,
+                    )
 
 
 def _files(path: str) -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 
 from pyvdl import decoder_process
 from pyvdl.config import ClipConfig
-from pyvdl.decoder_process import DecoderProcess
+from pyvdl.decoder_process import DecoderProcess, measure_seconds
 from pyvdl.video import ClipLoader, ClipRequest
 from tests.clips import write_clip
 
@@ -216,3 +216,11 @@ def test_the_child_loads_no_jax_and_ends_with_its_parent(tmp_path: Path, videos:
     while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_lengths_are_measured_whatever_hangs(videos: list[Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hangs.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    asked = [videos[0], tmp_path / "bad.mp4", f"file://{tmp_path}/hangs.mp4", videos[1]]
+    assert list(measure_seconds(map(str, asked), timeout_seconds=2.0)) == [1.0, None, None, 1.0]
+    assert list(measure_seconds([], timeout_seconds=1.0)) == []

@@ -16,6 +16,7 @@ import pytest
 from pyvdl.archives import DamagedArchive, Sample, write_archive
 from pyvdl.data import Record
 from pyvdl.manifests import Input
+from tests.clips import write_clip
 
 ROWS: list[dict[str, Any]] = [
     {"key": "a", "video": "a.mp4", "start_seconds": 1.0, "end_seconds": 2.5, "alt_text": "first", "source": "web"},
@@ -117,3 +118,26 @@ def test_a_digest_stands_for_the_clips(tmp_path: Path) -> None:
     second = Input(paths).sha256()
     os.utime(tmp_path / "t.tar", (1, 1))
     assert len({first, second, Input(paths).sha256()}) == 3
+
+
+def test_long_clips_are_cut_into_windows(tmp_path: Path) -> None:
+    write_clip(tmp_path / "v.mp4", num_frames=60)  # 2.5 s
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    rows: list[dict[str, Any]] = [
+        {"key": "v", "video": "v.mp4", "start_seconds": 0.25, "views": 3},
+        {"key": "bad", "video": "bad.mp4"},
+        {"key": "known", "video": "bad.mp4", "start_seconds": 1.0, "end_seconds": 3.8},
+        {"key": "short", "video": "v.mp4", "end_seconds": 0.1},
+    ]
+    found = list(Input([write(tmp_path / "m.jsonl", rows)], window_seconds=1.0))
+    assert [(r.key, r.start_seconds, r.end_seconds) for r in found] == [
+        ("v#0000", 0.25, 1.25),
+        ("v#0001", 1.25, 2.5),  # a quarter of a window is left over
+        ("bad", 0.0, None),
+        ("known#0000", 1.0, 2.0),
+        ("known#0001", 2.0, 3.0),
+        ("known#0002", 3.0, 3.8),
+        ("short#0000", 0.0, 0.1),
+    ]
+    assert found[1].extra == {"views": 3}
+    assert Input([tmp_path / "m.jsonl"]).sha256() != Input([tmp_path / "m.jsonl"], window_seconds=1.0).sha256()
