@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyvdl.manifests import Input
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.models.vlm import VLM
+    from pyvdl.models.weights import Place
     from pyvdl.progress import Report
     from pyvdl.tokenizers import Tokenizer
     from pyvdl.train import History
@@ -319,7 +320,7 @@ def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.pipeline import caption_job
     from pyvdl.progress import reporting
     from pyvdl.recipes import model_clip
-    from pyvdl.sharding import join, make_mesh
+    from pyvdl.sharding import join, make_mesh, place
     from pyvdl.text import PALIGEMMA_PROMPT
 
     if arguments.distributed:
@@ -328,7 +329,10 @@ def caption(arguments: argparse.Namespace) -> int:
         join()
     asked = _asked(arguments)
     records = _listed(asked) if arguments.out is None else []
-    model, tokenizer = _load(arguments)
+    mesh = None
+    if jax.local_device_count() > 1 and arguments.out is not None:
+        mesh = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
+    model, tokenizer = _load(arguments, None if mesh is None else place(mesh))
     if not isinstance(model, VLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
     options: dict[str, Any] = {
@@ -340,8 +344,6 @@ def caption(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         **_loading(arguments),
     }
-    if jax.local_device_count() > 1 and arguments.out is not None:
-        options["mesh"] = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
     if arguments.prompt is not None:
         options["prompt"] = arguments.prompt
     elif is_public(arguments.model):
@@ -356,6 +358,7 @@ def caption(arguments: argparse.Namespace) -> int:
                 shard_size=arguments.shard_size,
                 format=arguments.format,
                 timeout_seconds=arguments.timeout_seconds,
+                mesh=mesh,
                 input_sha256=asked.sha256() if jax.process_index() == 0 else None,
                 progress=report,
                 **options,
@@ -665,7 +668,7 @@ def _listed(records: Iterable[Record]) -> list[Record]:
     return found
 
 
-def _load(arguments: argparse.Namespace) -> tuple[VLM | DualEncoder, Tokenizer]:
+def _load(arguments: argparse.Namespace, place: Place | None = None) -> tuple[VLM | DualEncoder, Tokenizer]:
     from pyvdl.checkpoint import load_model
 
     path = arguments.model
@@ -674,7 +677,7 @@ def _load(arguments: argparse.Namespace) -> tuple[VLM | DualEncoder, Tokenizer]:
             f"no saved model in {path}: name one with --model (`make demo` leaves one in demo/language/model)"
         )
     finish = _finish(arguments)
-    model, tokenizer = load_model(path)
+    model, tokenizer = load_model(path, place=place)
     finish(model)
     return model, tokenizer
 

@@ -224,11 +224,11 @@ def to_fields(record: Record) -> dict[str, Any]:
         if field.name in _NAMED - {"key", "video"} and value != field.default:
             result[field.name] = value
     if record.questions:
-        result["questions"] = [_question_to_json(question) for question in record.questions]
+        result["questions"] = [question_to_json(question) for question in record.questions]
     return result | dict(record.extra)
 
 
-def _question_to_json(question: Question) -> dict[str, Any]:
+def question_to_json(question: Question) -> dict[str, Any]:
     values = {field.name: getattr(question, field.name) for field in dataclasses.fields(Question)}
     defaults = {field.name: field.default for field in dataclasses.fields(Question)}
     return {name: value for name, value in values.items() if value != defaults[name]}

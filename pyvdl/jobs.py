@@ -7,7 +7,6 @@ work on one job without a word between them, and whoever comes later finds what 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvdl.data import Question, Record
+from pyvdl.data import Record, parse_record, question_to_json
 from pyvdl.rows import ROW_NAMES, CaptionRow, Counts, Format, Kind, count_shard, encode_shard, shard_name, widened
 from pyvdl.sources import absolute, file_path
 from pyvdl.storage import Folder, read_object, refuse_another
@@ -163,7 +162,7 @@ def carried(record: Record) -> dict[str, Any]:
     if record.captions:
         values["captions"] = list(record.captions)
     if record.questions:
-        values["questions"] = [dataclasses.asdict(question) for question in record.questions]
+        values["questions"] = [question_to_json(question) for question in record.questions]
     values |= record.extra
     return {f"source_{name}" if name in ROW_NAMES else name: value for name, value in values.items()}
 
@@ -361,7 +360,7 @@ def _line(record: Record, video: str) -> bytes:
     if record.captions:
         values["captions"] = record.captions
     if record.questions:
-        values["questions"] = [dataclasses.asdict(question) for question in record.questions]
+        values["questions"] = [question_to_json(question) for question in record.questions]
     if record.extra:
         values["extra"] = dict(record.extra)
     return json.dumps(values).encode()
@@ -370,11 +369,11 @@ def _line(record: Record, video: str) -> bytes:
 def _record(line: bytes) -> Record:
     """The record of a line that `_line` made."""
     values = json.loads(line)
+    if "questions" in values:
+        return parse_record(values | values.pop("extra", {}), "/")
     for name in ("byte_range", "captions"):
         if name in values:
             values[name] = tuple(values[name])
-    if "questions" in values:
-        values["questions"] = tuple(Question(**question) for question in values["questions"])
     return Record(**values)
 
 

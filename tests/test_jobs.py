@@ -106,7 +106,7 @@ def test_all_of_a_record_comes_back(tmp_path: Path) -> None:
         captions=("x", "y"),
         narrative="n",
         alt_text="t",
-        questions=(Question("q", "a", "short"),),
+        questions=(Question("q", "a", "short", references=("b",)),),
         label="l",
         split="s",
         group="g",
