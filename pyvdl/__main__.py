@@ -241,6 +241,13 @@ def _parser() -> Parser:
     )
     p.add_argument("--out", metavar="DIR", help="write shards of rows into this folder or URL, and go on there")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
+    p.add_argument(
+        "--export",
+        nargs="+",
+        choices=("coco", "videofolder", "webdataset"),
+        default=[],
+        help="with --out, once all is captioned: write it in these formats, too, into the same folder",
+    )
     p.add_argument("--window-seconds", type=_seconds, metavar="X", help="cut longer clips into windows of X seconds")
     _add_sampling(p)
 

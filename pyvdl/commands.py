@@ -316,6 +316,7 @@ def caption(arguments: argparse.Namespace) -> int:
 
     from pyvdl.caption import caption_records
     from pyvdl.checkpoint import is_public
+    from pyvdl.exports import export
     from pyvdl.models.vlm import VLM
     from pyvdl.pipeline import caption_job
     from pyvdl.progress import reporting
@@ -367,6 +368,9 @@ def caption(arguments: argparse.Namespace) -> int:
             f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
             f"{done.shards_skipped} of them from an earlier run"
         )
+        if jax.process_index() == 0:
+            for kind in arguments.export:
+                print(f"{kind}: {export(arguments.out, kind)}")
         return 0
     alone = len(records) == 1 and not arguments.json
     table: list[list[Any]] = []

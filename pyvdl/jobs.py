@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from pyvdl.data import Record, parse_record, question_to_json
-from pyvdl.rows import ROW_NAMES, CaptionRow, Counts, Format, Kind, count_shard, encode_shard, shard_name, widened
+from pyvdl.rows import (
+    ROW_NAMES,
+    CaptionRow,
+    Counts,
+    Format,
+    Kind,
+    count_shard,
+    encode_shard,
+    read_shard,
+    shard_name,
+    widened,
+)
 from pyvdl.sources import absolute, file_path
 from pyvdl.storage import Folder, read_object, refuse_another
 
@@ -121,6 +132,10 @@ class Job:
     def finish(self, shard: int, rows: Sequence[CaptionRow]) -> None:
         """Writes the rows of a shard; it is done then. Twice does no harm: it is the same file."""
         self.folder.write(self._name(shard), encode_shard(rows, self.format, self.columns))
+
+    def rows(self, shard: int) -> list[CaptionRow]:
+        """The rows of a finished shard, in the order of its clips."""
+        return list(read_shard(self.folder, self._name(shard)))
 
     def counts(self, shards: Iterable[int]) -> Counts:
         """Rows and failures of these finished shards."""

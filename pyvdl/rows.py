@@ -167,9 +167,14 @@ def count_shard(folder: Folder, name: str) -> Counts:
         with folder.open(name) as file:
             told = json.loads(_pyarrow().parquet.read_metadata(file).metadata[_COUNTS])
         return Counts(told["rows"], Counter(told["failed"]))
-    for row in _decode_shard(folder.read(name), "jsonl", f"{folder.name}/{name}"):
+    for row in read_shard(folder, name):
         counts.add(row)
     return counts
+
+
+def read_shard(folder: Folder, name: str) -> Iterator[CaptionRow]:
+    """The rows of one file of a job."""
+    return _decode_shard(folder.read(name), name.rpartition(".")[2], f"{folder.name}/{name}")
 
 
 def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:
@@ -183,8 +188,8 @@ def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:
     counts = {int(match[2]) for match in shards.values()}
     if len(counts) != 1 or len(shards) != counts.pop():
         raise ValueError(f"{folder.name} holds {len(shards)} caption shards, no whole job: run the same command again")
-    for name, match in sorted(shards.items(), key=lambda item: int(item[1][1])):
-        yield from _decode_shard(folder.read(name), match[3], f"{folder.name}/{name}")
+    for name, _ in sorted(shards.items(), key=lambda item: int(item[1][1])):
+        yield from read_shard(folder, name)
 
 
 def captions_by_key(rows: Iterable[CaptionRow]) -> dict[str, tuple[str, ...]]:

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "pyvdl.rows": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
     "pyvdl.manifests": {"jax", "flax"},
     "pyvdl.jobs": {"jax", "flax"},
+    "pyvdl.exports": {"jax", "flax"},
     "pyvdl.decoder_child": {"jax", "flax", "pyvdl.data"},
     "pyvdl.decoder_process": {"jax", "flax", "pyvdl.data"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},

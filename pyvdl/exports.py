@@ -1,0 +1,117 @@
+"""A finished captioning job in the formats of others, one file or folder inside the job's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pyvdl.archives import Sample, write_archive
+from pyvdl.data import Record
+from pyvdl.jobs import Job, load_job
+from pyvdl.rows import CaptionRow
+from pyvdl.sources import FileSlice, Source, is_url, read_whole
+from pyvdl.storage import Folder, write_whole
+
+_MAX_BYTES = 4 << 30  # of one video
+
+
+def export(out: str | os.PathLike[str], kind: str) -> Path:
+    """Writes a finished job once more: returns the file or folder, whose name is that of the kind.
+
+    Rows that failed are left out; where one caption is wanted it is the likeliest one.
+
+    "coco": captions.json, COCO's results, [{"image_id": key, "caption": text}, ...].
+    "videofolder": Hugging Face's folder: links to the videos, and metadata.jsonl with all columns.
+    "webdataset": a tar for each shard: the video, its caption as text, and all columns as JSON. Clips that are parts
+        of a video are copied with all of it.
+    """
+    folder = Folder(out)
+    if folder.local is None:
+        raise ValueError(f"{folder.name}: exports are made of jobs in local folders")
+    if kind not in _KINDS:
+        raise ValueError(f"export {kind!r}: expected one of {', '.join(_KINDS)}")
+    job = load_job(folder)
+    if missing := job.missing():
+        raise ValueError(f"{folder.name} lacks {len(missing)} of {job.shards} shards: run its command again")
+    return _KINDS[kind](job, folder.local)
+
+
+def _best(row: CaptionRow) -> str:
+    return row.captions[max(range(len(row.captions)), key=lambda i: row.log_probs[i])]
+
+
+def _good(job: Job, shard: int) -> Iterator[tuple[Record, CaptionRow]]:
+    for record, row in zip(job.work(shard), job.rows(shard), strict=True):
+        if row.status == "ok":
+            yield record, row
+
+
+def _coco(job: Job, out: Path) -> Path:
+    def lines() -> Iterator[str]:
+        before = "["
+        for shard in range(job.shards):
+            for _, row in _good(job, shard):
+                yield before + json.dumps({"image_id": row.key, "caption": _best(row)}, ensure_ascii=False)
+                before = ",\n"
+        yield "]\n" if before != "[" else "[]\n"
+
+    path = out / "captions.json"
+    write_whole(path, lines())
+    return path
+
+
+def _videofolder(job: Job, out: Path) -> Path:
+    folder = out / "videofolder"
+    folder.mkdir(exist_ok=True)
+
+    def lines() -> Iterator[str]:
+        for shard in range(job.shards):
+            for number, (record, row) in enumerate(_good(job, shard)):
+                if is_url(record.video):
+                    raise ValueError(f"{record.video}: a folder of videos takes files, not URLs or members of tars")
+                name = f"{shard:05d}-{number:06d}{Path(record.video).suffix}"
+                (folder / name).unlink(missing_ok=True)
+                (folder / name).symlink_to(record.video)
+                yield json.dumps({"file_name": name} | json.loads(row.to_json()), ensure_ascii=False) + "\n"
+
+    write_whole(folder / "metadata.jsonl", lines())  # the last: without it the folder is none
+    return folder
+
+
+def _webdataset(job: Job, out: Path) -> Path:
+    folder = out / "webdataset"
+    folder.mkdir(exist_ok=True)
+    for shard in range(job.shards):
+        samples = (
+            Sample(
+                key=f"{shard:05d}{number:06d}",
+                video=_content(record.source),
+                suffix=Path(record.video.partition("::")[0]).suffix.lower().removeprefix(".") or "mp4",
+                text=_best(row),
+                fields=json.loads(row.to_json()),
+            )
+            for number, (record, row) in enumerate(_good(job, shard))
+        )
+        write_archive(folder / f"{shard:05d}.tar", samples)
+    return folder
+
+
+def _content(source: Source) -> bytes | str:
+    """The path of a whole file, else the bytes."""
+    if isinstance(source, str) and not is_url(source):
+        return source
+    if isinstance(source, FileSlice) and not is_url(source.path):
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            return file.read(source.length)
+    assert isinstance(source, str | FileSlice)
+    return read_whole(source, _MAX_BYTES)
+
+
+_KINDS: dict[str, Callable[[Job, Path], Path]] = {
+    "coco": _coco,
+    "videofolder": _videofolder,
+    "webdataset": _webdataset,
+}

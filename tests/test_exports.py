@@ -1,0 +1,85 @@
+"""Finished jobs in the formats of others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pyvdl.archives import Sample, read_archive, write_archive
+from pyvdl.data import Record
+from pyvdl.exports import export
+from pyvdl.jobs import Job, open_job
+from pyvdl.rows import CaptionRow
+from pyvdl.storage import Folder
+from tests.test_jobs import row
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Two files and a member of a tar; the second file failed."""
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(name.encode() * 10)
+    write_archive(tmp_path / "t.tar", [Sample(key="member", video=b"member of a tar", suffix="mkv")])
+    files = [Record(key=f"{n}/1.0", video=str(tmp_path / f"{n}.mp4"), extra={"views": 7}) for n in "ab"]
+    records = [*files, *read_archive(tmp_path / "t.tar")]
+    return open_job(Folder(tmp_path / "job"), {"seed": 0}, records, shard_size=2, format="jsonl")
+
+
+def captioned(record: Record) -> CaptionRow:
+    if record.key == "b/1.0":
+        return dataclasses.replace(row(record), status="failed", error="open: gone", captions=[], log_probs=[])
+    return dataclasses.replace(row(record), captions=["likely", "likelier"], log_probs=[-3.0, -2.0])
+
+
+def finish(job: Job) -> Path:
+    for shard in job.missing():
+        job.finish(shard, [captioned(record) for record in job.work(shard)])
+    assert job.folder.local is not None
+    return job.folder.local
+
+
+def test_results_of_coco(job: Job) -> None:
+    path = export(finish(job), "coco")
+    found = sorted(json.loads(path.read_text()), key=lambda result: result["image_id"])
+    assert found == [{"image_id": "a/1.0", "caption": "likelier"}, {"image_id": "member", "caption": "likelier"}]
+
+
+def test_tars_hold_videos_captions_and_columns(job: Job) -> None:
+    folder = export(finish(job), "webdataset")
+    found = {record.key: record for path in sorted(folder.iterdir()) for record in read_archive(path)}
+    assert set(found) == {"a/1.0", "member"}
+    for key, content in (("a/1.0", b"a.mp4" * 10), ("member", b"member of a tar")):
+        assert found[key].captions == ("likely", "likelier")
+        source = found[key].source
+        assert not isinstance(source, str)
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            assert file.read(source.length) == content
+    assert found["a/1.0"].extra["views"] == 7
+    assert found["member"].video.startswith("tar://")
+    assert ".mkv::" in found["member"].video
+
+
+def test_a_folder_of_videos(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a folder of videos takes files, not URLs or members of tars"):
+        export(finish(job), "videofolder")
+    assert not (tmp_path / "job" / "videofolder" / "metadata.jsonl").exists()
+    files = [record for shard in range(job.shards) for record in job.work(shard) if record.byte_range is None]
+    plain = open_job(Folder(tmp_path / "plain"), {"seed": 0}, files, shard_size=2, format="jsonl")
+    folder = export(finish(plain), "videofolder")
+    (line,) = (folder / "metadata.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["key"], found["captions"], found["views"]) == ("a/1.0", ["likely", "likelier"], 7)
+    assert (folder / found["file_name"]).read_bytes() == b"a.mp4" * 10
+
+
+def test_what_cannot_be_exported_is_told(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks 2 of 2 shards"):
+        export(tmp_path / "job", "coco")
+    with pytest.raises(ValueError, match=r"export 'xml': expected one of coco, videofolder, webdataset"):
+        export(tmp_path / "job", "xml")
+    with pytest.raises(ValueError, match="exports are made of jobs in local folders"):
+        export("memory://job", "coco")
