@@ -50,6 +50,7 @@ EXTRAS = {
         "ruff>=0.9",
         "mypy>=1.14",
         "clang-format>=18",
+        "datasets>=4",
         "psutil",
         "qwix>=0.1.8",
         "tensorboardX>=2.6",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-import pyarrow.parquet
 import pytest
 from flax import nnx
 
@@ -20,7 +20,7 @@ from pyvdl.caption import Captioner, caption_records
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
-from pyvdl.jobs import JOB_FILE, Job, load_job
+from pyvdl.jobs import Job, load_job
 from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.rows import CaptionRow, read_captions, shard_name
@@ -249,8 +249,12 @@ def test_a_video_that_vanishes_costs_its_row(
     assert rows["clip-1"].error == f"open: {os.strerror(2)}"
 
 
-def test_parquet_files_are_read_by_others(whole: Path) -> None:
-    table = pyarrow.parquet.read_table([str(whole / name) for name in sorted(shards(whole))])
-    assert table.num_rows == NUM_CLIPS
-    assert sorted(table["views"].to_pylist()) == list(range(NUM_CLIPS))
-    assert (whole / JOB_FILE).exists()
+def test_hugging_face_reads_the_shards(whole: Path, tmp_path: Path) -> None:
+    files = [str(whole / name) for name in sorted(shards(whole))]
+    found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    wanted = {row.key: row for row in read_captions(whole)}
+    assert len(found) == NUM_CLIPS
+    for row in found:
+        assert row["captions"] == wanted[row["key"]].captions
+        assert row["log_probs"] == wanted[row["key"]].log_probs
+        assert row["views"] == wanted[row["key"]].extra["views"]
