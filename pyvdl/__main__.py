@@ -158,7 +158,7 @@ def _parser() -> Parser:
         "pyvdl prepare --data clips.jsonl --to tars --out small --set short_side=256",
     )
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", type=Path, nargs="+", metavar="PATH", help=VIDEOS_HELP)
+    what.add_argument("--data", nargs="+", metavar="PATH", help=VIDEOS_HELP)
     what.add_argument("--synthetic", type=_corpus_size, metavar="N", help="render N clips in all parts")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--to", choices=("tars", "arrays"), help="short videos in tars, or clips as arrays")

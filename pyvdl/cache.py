@@ -25,10 +25,12 @@ from absl import logging
 
 from pyvdl import arrays
 from pyvdl.archives import Sample, read_archive, write_archive
-from pyvdl.caption import ProgressCallback, claim, clip_seed, write_whole
+from pyvdl.caption import clip_seed
 from pyvdl.config import ClipConfig, ShortVideoConfig
 from pyvdl.data import Record, digest, to_fields, write_manifest
+from pyvdl.progress import Report
 from pyvdl.sources import DecodeError
+from pyvdl.storage import claim, write_whole
 from pyvdl.video import ClipLoader, ClipRequest, VideoDecoder
 
 JOB_FILE = "job.json"
@@ -56,7 +58,7 @@ def to_tars(
     video: ShortVideoConfig | None = None,
     shard_size: int = 1000,
     num_threads: int = 2,
-    progress: ProgressCallback | None = None,
+    progress: Report | None = None,
 ) -> CacheSummary:
     """Encodes each record's segment anew, by itself, and writes `shard_size` of them to each of 00000.tar, 00001.tar...
 
@@ -88,7 +90,7 @@ def to_arrays(
     seed: int = 0,
     shard_size: int = 64,
     num_threads: int = 2,
-    progress: ProgressCallback | None = None,
+    progress: Report | None = None,
 ) -> CacheSummary:
     """Samples each record's clip once and keeps it as a row of a zarr3 array, `shard_size` rows to a file.
 
@@ -235,7 +237,7 @@ class _Job:
         out: str | os.PathLike[str],
         shard_size: int,
         recipe: dict[str, Any],
-        progress: ProgressCallback | None,
+        progress: Report | None,
     ) -> None:
         if shard_size < 1:
             raise ValueError(f"shard_size={shard_size}: expected at least 1")

@@ -145,7 +145,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"num_threads": arguments.num_threads}
     if arguments.shard_size is not None:
         options["shard_size"] = arguments.shard_size
-    records = _records(arguments.data)
+    records = _listed(_input(arguments.data))
     with reporting("prepare") as report:
         if arguments.to == "arrays":
             done = to_arrays(records, arguments.out, clip=clip, seed=arguments.seed, progress=report, **options)

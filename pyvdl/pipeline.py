@@ -67,6 +67,9 @@ def caption_shards(
     def requests() -> Iterator[Sequence[Any]]:
         for shard in shards:
             records = job.work(shard)
+            for record in records:
+                if record.video.startswith("array://"):
+                    raise ValueError(f"{record.video}: jobs decode videos; rows of arrays take caption_records")
             sizes.append((shard, len(records)))
             for start in range(0, len(records), captioner.batch_size):
                 under_way.append(records[start : start + captioner.batch_size])
