@@ -7,6 +7,7 @@ shards, so that this holds to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -24,11 +25,13 @@ from jax.sharding import Mesh
 from pyvdl.arrays import clip_loader
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
+from pyvdl.filters import ClipScorer, Filters, Sample, reasons, recorded
 from pyvdl.generate import Samples, generate
 from pyvdl.jobs import carried
+from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
-from pyvdl.rows import CaptionRow
+from pyvdl.rows import CaptionRow, Dropped
 from pyvdl.sharding import BATCH_AXES, batch_sharding, host_pieces, put, tree_shardings
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
@@ -93,11 +96,22 @@ class Decoded:
     release: Callable[[], None] = lambda: None  # says that `data` is not needed any more
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What the device works on for a batch."""
+
+    samples: Samples
+    clips: jax.Array | None  # float32[B, E] of the dual encoder, if there is one
+
+
 class Captioner:
     """A model ready to caption: what it is told, how it draws, and on which devices of this process.
 
     The captions are drawn with nucleus sampling (`temperature` 0 is greedy), `num_samples` of at most `max_length`
     tokens. mesh: of devices of this process; the model and each batch are split over it.
+
+    encoder: a dual encoder and its tokenizer, for the CLIP-score of each caption. filters: which captions are kept; the
+    others stand in the row's `dropped`.
     """
 
     def __init__(
@@ -114,7 +128,11 @@ class Captioner:
         seed: int = 0,
         batch_size: int = 8,
         mesh: Mesh | None = None,
+        filters: Filters | None = None,
+        encoder: tuple[DualEncoder, Tokenizer] | None = None,
     ) -> None:
+        if filters is not None and filters.min_clip_score is not None and encoder is None:
+            raise ValueError(f"min_clip_score={filters.min_clip_score}: expected a dual encoder to score captions by")
         if clip.size != model.config.vision.image_size:
             raise ValueError(f"clip size {clip.size}: this model reads {model.config.vision.image_size} pixels")
         self.clip, self.prompt, self.seed, self.batch_size = clip, prompt, seed, batch_size
@@ -131,66 +149,100 @@ class Captioner:
             graphdef, state = nnx.split(model)
             placed = jax.tree.map(partial(put, copy=False), state, tree_shardings(state, mesh))
             self.model = nnx.merge(graphdef, placed)
+        self._filters = filters
+        self._scorer = None if encoder is None else ClipScorer(*encoder, mesh=mesh)
 
     def recipe(self) -> dict[str, Any]:
         """All that the captions depend on besides the clips; the batch size in their last bits."""
         asked = {"prompt": self.prompt, "seed": self.seed, "batch_size": self.batch_size} | self.drawing
-        model = model_digest(self.model, self._tokenizer)
-        return {"model_sha256": model, "clip": dataclasses.asdict(self.clip)} | asked
+        asked |= {"model_sha256": model_digest(self.model, self._tokenizer), "clip": dataclasses.asdict(self.clip)}
+        if self._filters is not None:
+            asked["filters"] = recorded(self._filters)
+        if self._scorer is not None:
+            asked["clip_score_sha256"] = model_digest(self._scorer.model, self._scorer.tokenizer)
+        return asked
 
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
         """The rows of each batch. One batch turns into text while the device works on the next.
 
         names: what else is said in each row, model_sha256 and recipe_sha256.
         """
-        previous: tuple[Decoded, Samples | None] | None = None
+        previous: tuple[Decoded, _Drawn | None] | None = None
         for batch in batches:
             # A batch without one good clip costs no device time.
-            samples = self._draw(batch) if None in batch.errors else None
+            drawn = self._draw(batch) if None in batch.errors else None
             if previous is not None:  # dispatch is asynchronous
                 yield self._told(*previous, names)
-            previous = batch, samples
+            previous = batch, drawn
         if previous is not None:
             yield self._told(*previous, names)
 
-    def _draw(self, batch: Decoded) -> Samples:
+    def _draw(self, batch: Decoded) -> _Drawn:
         seeds = np.zeros(self.batch_size, np.uint32)
         seeds[: len(batch.records)] = [clip_seed(record, self.seed) for record in batch.records]
-        if self._mesh is None:
-            return generate(self.model, batch.data, self.prompts, seeds=seeds, **self.drawing)
-        with jax.set_mesh(self._mesh):
-            frames = jax.device_put(batch.data, batch_sharding(self._mesh))
-            return generate(self.model, frames, self.prompts, seeds=seeds, **self.drawing)
+        frames: np.ndarray | jax.Array = batch.data
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            if self._mesh is not None:
+                frames = jax.device_put(frames, batch_sharding(self._mesh))
+            samples = generate(self.model, frames, self.prompts, seeds=seeds, **self.drawing)
+        return _Drawn(samples, None if self._scorer is None else self._scorer.embed(frames))
 
-    def _told(self, batch: Decoded, samples: Samples | None, names: dict[str, str]) -> list[CaptionRow]:
-        rows = []
-        if samples is not None:
-            tokens, log_probs, lengths = (np.asarray(array) for array in samples)
+    def _told(self, batch: Decoded, drawn: _Drawn | None, names: dict[str, str]) -> list[CaptionRow]:
+        clips = [[] for _ in batch.records] if drawn is None else self._samples(batch, drawn)
         batch.release()
-        for i, record in enumerate(batch.records):
-            captions: list[str] = []
-            scores: list[float] = []
-            if batch.errors[i] is None:
-                captions = [self._tokenizer.decode(ids) for ids in tokens[i]]
-                scores = [float(value) for value in log_probs[i]]
-                self.tokens += int(lengths[i].sum())
+        rows = []
+        for record, error, samples in zip(batch.records, batch.errors, clips):
+            why = [None] * len(samples) if self._filters is None else reasons(samples, self._filters)
+            kept = [sample for sample, reason in zip(samples, why) if reason is None]
+            scores = [sample.clip_score for sample in kept if sample.clip_score is not None]
             rows.append(
                 CaptionRow(
                     key=record.key,
                     video=record.video,
                     start_seconds=record.start_seconds,
                     end_seconds=record.end_seconds,
-                    captions=captions,
-                    log_probs=scores,
+                    captions=[sample.text for sample in kept],
+                    log_probs=[sample.log_prob for sample in kept],
                     prompt=self.prompt,
-                    status="ok" if batch.errors[i] is None else "failed",
-                    error=batch.errors[i],
+                    status="ok" if error is None else "failed",
+                    error=error,
                     seed=clip_seed(record, self.seed),
+                    clip_scores=None if self._scorer is None else scores,
+                    dropped=None if self._filters is None else list(_dropped(samples, why)),
                     extra=carried(record),
                     **names,
                 )
             )
         return rows
+
+    def _samples(self, batch: Decoded, drawn: _Drawn) -> list[list[Sample]]:
+        """What was drawn for each record of a batch; nothing for those without frames."""
+        tokens, log_probs, lengths = (np.asarray(array) for array in drawn.samples)
+        good = [i for i, error in enumerate(batch.errors) if error is None]
+        texts = [[""] * tokens.shape[1] for _ in range(self.batch_size)]  # of all rows: one shape is compiled
+        for i in good:
+            texts[i] = [self._tokenizer.decode(ids) for ids in tokens[i]]
+        scores = None
+        if self._scorer is not None and drawn.clips is not None:
+            scores = self._scorer.scores(drawn.clips, texts)
+        found: list[list[Sample]] = [[] for _ in batch.records]
+        for i in good:
+            self.tokens += int(lengths[i].sum())
+            for n, text in enumerate(texts[i]):
+                score = None if scores is None else float(scores[i, n])
+                found[i].append(Sample(text, float(log_probs[i, n]), int(lengths[i, n]), score))
+        return found
+
+
+def _dropped(samples: Sequence[Sample], why: Sequence[str | None]) -> Iterator[Dropped]:
+    for sample, reason in zip(samples, why):
+        if reason is not None:
+            yield {
+                "caption": sample.text,
+                "log_prob": sample.log_prob,
+                "clip_score": sample.clip_score,
+                "reason": reason,
+            }
 
 
 def caption_records(

@@ -105,6 +105,7 @@ class JobSummary:
 
     rows: int
     failed: int
+    dropped: Mapping[str, int]  # captions, by the name of the filter
     shards: int
     shards_skipped: int  # finished by an earlier run of the same command
 
@@ -170,7 +171,11 @@ def caption_job(
             multihost_utils.sync_global_devices("captioned")
         counts = job.counts(range(job.shards))
     return JobSummary(
-        rows=counts.rows, failed=counts.failed.total(), shards=job.shards, shards_skipped=job.shards - len(todo)
+        rows=counts.rows,
+        failed=counts.failed.total(),
+        dropped=dict(counts.dropped.most_common()),
+        shards=job.shards,
+        shards_skipped=job.shards - len(todo),
     )
 
 

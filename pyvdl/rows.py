@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pyvdl.sources import is_url
 from pyvdl.storage import Folder
@@ -23,6 +23,15 @@ FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
 _SHARD_NAME = re.compile(r"captions-(\d{5,})-of-(\d{5,})\.(parquet|jsonl)")
 _COLUMNS = b"pyvdl.columns"  # keys of a Parquet file's own metadata
 _COUNTS = b"pyvdl.counts"
+
+
+class Dropped(TypedDict):
+    """A caption that a filter dropped."""
+
+    caption: str
+    log_prob: float
+    clip_score: float | None
+    reason: str  # the filter's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,8 @@ class CaptionRow:
     seed: int  # of this clip's samples
     model_sha256: str | None = None  # of weights and words; None outside of a job
     recipe_sha256: str | None = None  # of all that the captions depend on besides the clip; None outside of a job
+    clip_scores: list[float] | None = None  # of each caption: cosine with the clip; None without a dual encoder
+    dropped: list[Dropped] | None = None  # in the order they were drawn; None without filters
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # columns carried over from the manifest
 
     def to_json(self) -> str:
@@ -65,7 +76,7 @@ class CaptionRow:
 
 
 ROW_NAMES = tuple(f.name for f in dataclasses.fields(CaptionRow) if f.name != "extra")
-_NEEDED = set(ROW_NAMES) - {"model_sha256", "recipe_sha256"}
+_NEEDED = set(ROW_NAMES) - {"model_sha256", "recipe_sha256", "clip_scores", "dropped"}
 
 
 @dataclass
@@ -74,15 +85,18 @@ class Counts:
 
     rows: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by the kind of error
+    dropped: Counter[str] = field(default_factory=Counter)  # captions, by the name of the filter
 
     def add(self, row: CaptionRow) -> None:
         self.rows += 1
+        self.dropped.update(caption["reason"] for caption in row.dropped or ())
         if row.error is not None:
             self.failed[row.error.partition(":")[0]] += 1
 
     def __iadd__(self, other: Counts) -> Counts:
         self.rows += other.rows
         self.failed += other.failed
+        self.dropped += other.dropped
         return self
 
 
@@ -122,9 +136,12 @@ def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[st
     for row in rows:
         counts.add(row)
     text, texts = pa.string(), pa.list_(pa.string())
-    types = dict.fromkeys(ROW_NAMES, text)
+    types: dict[str, Any] = dict.fromkeys(ROW_NAMES, text)
     types |= {"start_seconds": pa.float64(), "end_seconds": pa.float64(), "seed": pa.int64()}
-    types |= {"captions": texts, "log_probs": pa.list_(pa.float64())}
+    numbers = pa.list_(pa.float64())
+    types |= {"captions": texts, "log_probs": numbers, "clip_scores": numbers}
+    kinds = {"caption": text, "log_prob": pa.float64(), "clip_score": pa.float64(), "reason": text}
+    types |= {"dropped": pa.list_(pa.struct(kinds))}
     arrays = [pa.array([getattr(row, name) for row in rows], kind) for name, kind in types.items()]
     carried = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": text, "strings": texts}
     for name, kind in columns.items():
@@ -133,7 +150,7 @@ def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[st
             values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
         types[name] = carried.get(kind, text)
         arrays.append(pa.array(values, types[name]))
-    told = {"rows": counts.rows, "failed": counts.failed}
+    told = {"rows": counts.rows, "failed": counts.failed, "dropped": counts.dropped}
     metadata = {_COLUMNS: json.dumps(dict(columns)).encode(), _COUNTS: json.dumps(told).encode()}
     table = pa.Table.from_arrays(arrays, schema=pa.schema(list(types.items()), metadata=metadata))
     out = io.BytesIO()
@@ -166,7 +183,7 @@ def count_shard(folder: Folder, name: str) -> Counts:
     if name.endswith(".parquet"):
         with folder.open(name) as file:
             told = json.loads(_pyarrow().parquet.read_metadata(file).metadata[_COUNTS])
-        return Counts(told["rows"], Counter(told["failed"]))
+        return Counts(told["rows"], Counter(told["failed"]), Counter(told["dropped"]))
     for row in read_shard(folder, name):
         counts.add(row)
     return counts

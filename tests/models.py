@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +14,20 @@ from flax import nnx
 
 from pyvdl.config import GemmaConfig, T5Config, VLMConfig, toy
 from pyvdl.models import VLM
+from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.text import WordTokenizer
 
 
 def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
-    """A VLM filled by NumPy: JAX would compile a program for each shape of a parameter, ten seconds in all."""
+    """A VLM of random parameters."""
+    gemma_width = config.language.width if isinstance(config.language, GemmaConfig) else None
+    return _filled(lambda: VLM(config, rngs=nnx.Rngs(0)), seed, gemma_width)
+
+
+def _filled[M: nnx.Module](make: Callable[[], M], seed: int, gemma_width: int | None = None) -> M:
+    """A model filled by NumPy: JAX would compile a program for each shape of a parameter, ten seconds in all."""
     rng = np.random.default_rng(seed)
-    gemma = isinstance(config.language, GemmaConfig)
+    gemma = gemma_width is not None
 
     def values(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -29,10 +38,10 @@ def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
         if name.endswith("bias"):
             return jnp.asarray(0.1 * noise, x.dtype)
         if name.endswith("embedding"):
-            return jnp.asarray(noise * (config.language.width**-0.5 if gemma else 1.0), x.dtype)
-        return jnp.asarray(noise * x.shape[-2] ** -0.5, x.dtype)
+            return jnp.asarray(noise * (gemma_width**-0.5 if gemma_width else 1.0), x.dtype)
+        return jnp.asarray(noise * math.prod(x.shape[-2:-1]) ** -0.5, x.dtype)
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(values, state))
 
 
@@ -45,3 +54,14 @@ def tiny_vlm(tokenizer: WordTokenizer) -> VLM:
         config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1
     )
     return random_vlm(dataclasses.replace(config, vision=vision, language=language, num_frames=2))
+
+
+def tiny_dual_encoder(tokenizer: WordTokenizer, *, num_frames: int, image_size: int) -> DualEncoder:
+    """A dual encoder that compiles in seconds."""
+    config = toy(tokenizer.vocab_size).dual_encoder
+    vision = dataclasses.replace(
+        config.vision, num_frames=num_frames, image_size=image_size, width=32, mlp_dim=64, depth=1
+    )
+    text = dataclasses.replace(config.text, width=32, mlp_dim=64, depth=1)
+    config = dataclasses.replace(config, vision=vision, text=text)
+    return _filled(lambda: DualEncoder(config, rngs=nnx.Rngs(0)), 0)

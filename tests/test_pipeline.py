@@ -74,7 +74,7 @@ def whole(
     """The folder of a job that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
     done = job(model, tokenizer, records, out)
-    assert done == JobSummary(rows=NUM_CLIPS, failed=1, shards=4, shards_skipped=0)
+    assert done == JobSummary(rows=NUM_CLIPS, failed=1, dropped={}, shards=4, shards_skipped=0)
     return out
 
 
