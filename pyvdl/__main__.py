@@ -250,6 +250,7 @@ def _parser() -> Parser:
     )
     p.add_argument("--window-seconds", type=_seconds, metavar="X", help="cut longer clips into windows of X seconds")
     _add_sampling(p)
+    _add_filters(p)
 
     p = verb(
         "status",
@@ -404,6 +405,29 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
     _add_distributed(p, "caption")
     _add_loading(p)
+
+
+def _add_filters(p: Parser) -> None:
+    group = p.add_argument_group("filters (default: none; what they drop stands in the rows, with the filter's name)")
+    group.add_argument(
+        "--min-log-prob", type=float, metavar="X", help="natural log, mean over a caption's tokens and its end"
+    )
+    group.add_argument("--max-repetition", type=float, metavar="X", help="share of a caption's bigrams that it repeats")
+    group.add_argument(
+        "--max-overlap",
+        type=float,
+        metavar="X",
+        help="of a caption's bigrams with those of a better one of its video (Jaccard index)",
+    )
+    group.add_argument(
+        "--clip-score",
+        type=Path,
+        metavar="DIR",
+        help="dual encoder whose cosine of video and caption is told in the rows, and says which captions are better\n"
+        "(without: the mean log-probability)",
+    )
+    group.add_argument("--min-clip-score", type=float, metavar="X", help="the least cosine, with --clip-score")
+    group.add_argument("--keep-best", type=_positive, metavar="K", help="captions of a video")
 
 
 def _add_loading(p: Parser) -> None:

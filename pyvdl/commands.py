@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
+    from pyvdl.filters import Filters
     from pyvdl.manifests import Input
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.models.vlm import VLM
@@ -328,6 +329,7 @@ def caption(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise UsageError("--distributed goes with --out, the folder that all processes see")
         join()
+    filters = _filters(arguments)
     asked = _asked(arguments)
     records = _listed(asked) if arguments.out is None else []
     mesh = None
@@ -343,8 +345,11 @@ def caption(arguments: argparse.Namespace) -> int:
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed,
+        "filters": filters,
         **_loading(arguments),
     }
+    if arguments.clip_score is not None:
+        options["encoder"] = _encoder(arguments.clip_score, None if mesh is None else place(mesh))
     if arguments.prompt is not None:
         options["prompt"] = arguments.prompt
     elif is_public(arguments.model):
@@ -368,6 +373,9 @@ def caption(arguments: argparse.Namespace) -> int:
             f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
             f"{done.shards_skipped} of them from an earlier run"
         )
+        if filters is not None:
+            by_name = ", ".join(f"{count} by {name}" for name, count in done.dropped.items())
+            print(f"{sum(done.dropped.values())} captions dropped" + (f" ({by_name})" if by_name else ""))
         if jax.process_index() == 0:
             for kind in arguments.export:
                 print(f"{kind}: {export(arguments.out, kind)}")
@@ -383,8 +391,9 @@ def caption(arguments: argparse.Namespace) -> int:
             elif alone:
                 print("\n".join(row.captions))
             else:
-                table.append([row.key, row.status, row.error or row.captions[0]])
-                table += [["", "", text] for text in row.captions[1:]]
+                texts = [row.error] if row.error else row.captions or ["(all dropped)"]
+                table.append([row.key, row.status, texts[0]])
+                table += [["", "", text] for text in texts[1:]]
     if table:
         _print_table(["key", "status", "caption"], table)
     return 0
@@ -406,6 +415,9 @@ def status(arguments: argparse.Namespace) -> int:
         ["rows", f"{found.rows} of {found.records}"],
         ["failed", f"{sum(found.failed.values())}" + (f" ({failed})" if failed else "")],
     ]
+    if found.dropped:
+        by_name = ", ".join(f"{count} {name}" for name, count in found.dropped.items())
+        rows.append(["captions dropped", f"{sum(found.dropped.values())} ({by_name})"])
     if found.seconds_since is not None:
         rows.append(["last shard", f"{found.seconds_since:.0f} s ago"])
     if found.seconds_left is not None:
@@ -683,6 +695,30 @@ def _load(arguments: argparse.Namespace, place: Place | None = None) -> tuple[VL
     finish = _finish(arguments)
     model, tokenizer = load_model(path, place=place)
     finish(model)
+    return model, tokenizer
+
+
+def _filters(arguments: argparse.Namespace) -> Filters | None:
+    import dataclasses
+
+    from pyvdl.filters import Filters
+
+    asked = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Filters)}
+    if asked["min_clip_score"] is not None and arguments.clip_score is None:
+        raise UsageError("--min-clip-score goes with --clip-score, the dual encoder that scores captions")
+    try:
+        return None if set(asked.values()) == {None} else Filters(**asked)
+    except ValueError as error:
+        raise UsageError("--" + str(error).replace("_", "-")) from None
+
+
+def _encoder(path: Path, place: Place | None) -> tuple[DualEncoder, Tokenizer]:
+    from pyvdl.checkpoint import load_model
+    from pyvdl.models.dual_encoder import DualEncoder
+
+    model, tokenizer = load_model(path, place=place)
+    if not isinstance(model, DualEncoder):
+        raise ValueError(f"{path} holds a {type(model).__name__}: --clip-score needs a dual encoder")
     return model, tokenizer
 
 

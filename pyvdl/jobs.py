@@ -84,6 +84,7 @@ class Status:
     records: int
     rows: int  # of the finished shards
     failed: Mapping[str, int]  # of those, by kind
+    dropped: Mapping[str, int]  # of their captions, by the name of the filter
     clips_per_second: float | None  # between the last finished shards; None: too few
     seconds_since: float | None  # the last shard was finished
 
@@ -160,6 +161,7 @@ class Job:
             records=self.records,
             rows=counts.rows,
             failed=dict(counts.failed.most_common()),
+            dropped=dict(counts.dropped.most_common()),
             clips_per_second=rate,
             seconds_since=max(0.0, time.time() - times[-1][0]) if times else None,
         )

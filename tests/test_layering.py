@@ -22,6 +22,7 @@ FORBIDDEN = {
     "pyvdl.kernels": {"flax", "pyvdl.models", "pyvdl.train", "pyvdl.data", "pyvdl.video", "pyvdl.config"},
     "pyvdl.models": {"pyvdl.data", "pyvdl.train", "pyvdl.video", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.generate": {"pyvdl.data", "pyvdl.train", "pyvdl.video"},
+    "pyvdl.filters": {"pyvdl.data", "pyvdl.train", "pyvdl.video", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.archives": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption"},
     "pyvdl.arrays": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.cache"},
     "pyvdl.cache": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},

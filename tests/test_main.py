@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -350,6 +351,27 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
     code, out, _ = run("stats", "--captions", tmp_path / "job", corpus / "unlabelled.jsonl")
     assert code == 0
     assert len(out.splitlines()) == 4  # header, job, human captions, alt-text
+
+
+def test_caption_with_filters(run: Run, corpus: Path, vlm: Path, dual: Path, tmp_path: Path) -> None:
+    video = sorted((corpus / "videos").glob("test_0*"))[0]
+    options = ["--model", vlm, "--max-length", "8", "--batch-size", "2", "--num-samples", "2"]
+    filters = ["--clip-score", dual, "--keep-best", "1", "--min-clip-score=-1"]
+    code, out, _ = run("caption", video, *options, *filters, "--json")
+    assert code == 0
+    row = json.loads(out)
+    assert len(row["captions"]) == len(row["clip_scores"]) == len(row["dropped"]) == 1
+    assert row["dropped"][0]["reason"] == "keep_best"
+    assert row["dropped"][0]["clip_score"] <= row["clip_scores"][0]
+    code, out, _ = run("caption", corpus / "test.jsonl", *options, "--min-log-prob=0", "--out", tmp_path / "job")
+    assert code == 0
+    assert re.search(r"(\d+) captions dropped \(\1 by min_log_prob\)", out)
+    code, _, err = run("caption", video, *options, "--min-clip-score", "0.2")
+    assert (code, "goes with --clip-score" in err) == (2, True)
+    code, _, err = run("caption", video, *options, "--max-overlap", "1.5")
+    assert (code, "--max-overlap must be at least 0 and below 1, not 1.5" in err) == (2, True)
+    code, _, err = run("caption", video, *options, "--clip-score", vlm)
+    assert (code, "holds a VLM: --clip-score needs a dual encoder" in err) == (1, True)
 
 
 def test_captions_of_a_job_train_the_dual_encoder(
