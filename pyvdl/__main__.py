@@ -248,7 +248,7 @@ def _parser() -> Parser:
         default=[],
         help="with --out, once all is captioned: write it in these formats, too, into the same folder",
     )
-    p.add_argument("--window-seconds", type=_seconds, metavar="X", help="cut longer clips into windows of X seconds")
+    _add_cuts(p)
     _add_sampling(p)
     _add_filters(p)
 
@@ -417,6 +417,27 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
     _add_distributed(p, "caption")
     _add_loading(p)
+
+
+def _add_cuts(p: Parser) -> None:
+    group = p.add_argument_group("long clips (default: as they are)")
+    group.add_argument(
+        "--window-seconds", type=_seconds, metavar="X", help="cut longer clips into windows of X seconds"
+    )
+    group.add_argument(
+        "--cut",
+        choices=("windows", "shots"),
+        default="windows",
+        help="shots: cut where a shot ends, and shots longer than --window-seconds into equal parts. All of each\n"
+        "clip is decoded for that before captioning begins (default: windows)",
+    )
+    group.add_argument(
+        "--min-shot-seconds",
+        type=_seconds,
+        default=1.0,
+        metavar="X",
+        help="a shorter shot belongs to the one before (default: 1)",
+    )
 
 
 def _add_filters(p: Parser) -> None:

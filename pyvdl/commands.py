@@ -330,7 +330,7 @@ def caption(arguments: argparse.Namespace) -> int:
             raise UsageError("--distributed goes with --out, the folder that all processes see")
         join()
     filters = _filters(arguments)
-    asked = _asked(arguments)
+    asked = _asked(arguments, **_cutting(arguments))
     records = _listed(asked) if arguments.out is None else []
     mesh = None
     if jax.local_device_count() > 1 and arguments.out is not None:
@@ -636,7 +636,7 @@ def _versions() -> dict[str, str]:
     return ours | theirs
 
 
-def _input(paths: Sequence[str], window_seconds: float | None = None) -> Input:
+def _input(paths: Sequence[str], **cutting: Any) -> Input:
     """The clips that `paths` list; of a damaged tar those that are whole, and once what is wrong with it."""
     from pyvdl.manifests import Input
 
@@ -647,7 +647,7 @@ def _input(paths: Sequence[str], window_seconds: float | None = None) -> Input:
             print(f"left out of the data: {error}", file=sys.stderr)
             told.add(str(error))
 
-    return Input(paths, tell, window_seconds)
+    return Input(paths, tell, **cutting)
 
 
 def _read(path: Path) -> list[Record]:
@@ -703,11 +703,25 @@ def _caption_sets(path: str) -> dict[str, _Texts]:
     return {name: texts for name, texts in found.items() if any(True for _ in texts)}
 
 
-def _asked(arguments: argparse.Namespace) -> Input:
+def _asked(arguments: argparse.Namespace, **cutting: Any) -> Input:
     paths = [*arguments.videos, *arguments.more_videos]
     if not paths:
         raise UsageError("no videos: name files, folders or manifests")
-    return _input(paths, getattr(arguments, "window_seconds", None))
+    return _input(paths, **cutting)
+
+
+def _cutting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long clips are cut, as `Input` takes it."""
+    from pyvdl.shots import Shots
+
+    if arguments.cut == "windows":
+        return {"window_seconds": arguments.window_seconds}
+    shots = Shots(
+        min_seconds=arguments.min_shot_seconds,
+        num_threads=arguments.num_threads,
+        timeout_seconds=arguments.timeout_seconds,
+    )
+    return {"window_seconds": arguments.window_seconds, "shots": shots}
 
 
 def _listed(records: Iterable[Record]) -> list[Record]:

@@ -71,6 +71,16 @@ class Record:
         """What the decoder opens; with a byte range that part of the file, without looking for it in the tar."""
         return self.video if self.byte_range is None else FileSlice(file_path(self.video), *self.byte_range)
 
+    def part(self, number: int, start_seconds: float, end_seconds: float) -> Record:
+        """A part of the clip with the key KEY#0000, ...; parts of one clip are no negatives of each other."""
+        return dataclasses.replace(
+            self,
+            key=f"{self.key}#{number:04d}",
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            group=self.group or self.key,
+        )
+
 
 _NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra"}
 _OF_QUESTION = frozenset(field.name for field in dataclasses.fields(Question))

@@ -20,6 +20,7 @@ from typing import IO, Any
 from pyvdl.archives import DamagedArchive, expand, read_archive
 from pyvdl.data import Record, parse_object, parse_record
 from pyvdl.decoder_process import measure_seconds
+from pyvdl.shots import Shots, cut_at_shots
 from pyvdl.sources import VIDEO_SUFFIXES, is_url
 
 MANIFESTS = (".jsonl", ".csv", ".parquet")
@@ -41,6 +42,7 @@ class Input:
 
     on_damage: is told of each damaged tar, of which the whole samples are taken; without it that is an error.
     window_seconds: cuts each clip into windows, see `cut`.
+    shots: cuts each clip where a shot ends, and into windows only where a shot is longer than these (equal parts).
     """
 
     def __init__(
@@ -48,12 +50,16 @@ class Input:
         paths: Sequence[str | os.PathLike[str]],
         on_damage: OnDamage | None = None,
         window_seconds: float | None = None,
+        shots: Shots | None = None,
     ) -> None:
         self._files = [file for path in paths for file in _files(os.fspath(path))]
         self._on_damage = on_damage
         self._window_seconds = window_seconds
+        self._shots = shots
 
     def __iter__(self) -> Iterator[Record]:
+        if self._shots is not None:
+            return cut_at_shots(measured(self._read()), self._shots, self._window_seconds)
         return self._read() if self._window_seconds is None else cut(self._read(), self._window_seconds)
 
     def _read(self) -> Iterator[Record]:
@@ -68,7 +74,8 @@ class Input:
 
     def sha256(self) -> str:
         """Stands for all clips listed: names, contents of manifests, sizes and times of tars."""
-        digest = hashlib.sha256(f"{self._window_seconds}\0".encode())
+        shortest = None if self._shots is None else self._shots.min_seconds
+        digest = hashlib.sha256(f"{self._window_seconds}\0{shortest}\0".encode())
         for file in self._files:
             suffix = os.path.splitext(file)[1].lower()
             digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
@@ -96,23 +103,23 @@ def cut(records: Iterable[Record], seconds: float, *, timeout_seconds: float = 6
     The last one is longer by what is left where that is less than half a window, else shorter. A clip without an end is
     measured, within timeout_seconds; one that cannot be stays as it is.
     """
+    for record, end in measured(records, timeout_seconds=timeout_seconds):
+        start = record.start_seconds
+        if end is None or end <= start:
+            yield record
+            continue
+        count = max(1, math.floor((end - start) / seconds + 0.5))
+        for i in range(count):
+            yield record.part(i, start + i * seconds, end if i == count - 1 else start + (i + 1) * seconds)
+
+
+def measured(records: Iterable[Record], *, timeout_seconds: float = 60.0) -> Iterator[tuple[Record, float | None]]:
+    """Records with their ends in seconds; None where a video that has none named cannot be measured."""
     for some in itertools.batched(records, _MEASURED):
         lengths = measure_seconds((r.source for r in some if r.end_seconds is None), timeout_seconds=timeout_seconds)
         with contextlib.closing(lengths):
             for record in some:
-                end = next(lengths) if record.end_seconds is None else record.end_seconds
-                start = record.start_seconds
-                if end is None or end <= start:
-                    yield record
-                    continue
-                count = max(1, math.floor((end - start) / seconds + 0.5))
-                for i in range(count):
-                    yield dataclasses.replace(
-                        record,
-                        key=f"{record.key}#{i:04d}",
-                        start_seconds=start + i * seconds,
-                        end_seconds=end if i == count - 1 else start + (i + 1) * seconds,
-                    )
+                yield record, next(lengths) if record.end_seconds is None else record.end_seconds
 
 
 def _files(path: str) -> list[str]:

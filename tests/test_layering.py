@@ -30,6 +30,7 @@ FORBIDDEN = {
     "pyvdl.storage": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
     "pyvdl.rows": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
     "pyvdl.manifests": {"jax", "flax"},
+    "pyvdl.shots": {"jax", "flax"},
     "pyvdl.jobs": {"jax", "flax"},
     "pyvdl.exports": {"jax", "flax"},
     "pyvdl.decoder_child": {"jax", "flax", "pyvdl.data"},

@@ -19,6 +19,9 @@ import pytest
 import pyvdl
 from pyvdl.__main__ import main
 from pyvdl.commands import _print_training
+from pyvdl.data import read_manifest
+from pyvdl.rows import read_captions
+from tests.clips import write_clip
 
 VERBS = ("demo", "probe", "prepare", "instruct", "adapt", "caption", "status", "train", "evaluate", "embed", "stats")
 ROOT = Path(__file__).resolve().parents[1]
@@ -373,6 +376,22 @@ def test_caption_with_filters(run: Run, corpus: Path, vlm: Path, dual: Path, tmp
     assert (code, "--max-overlap must be at least 0 and below 1, not 1.5" in err) == (2, True)
     code, _, err = run("caption", video, *options, "--clip-score", vlm)
     assert (code, "holds a VLM: --clip-score needs a dual encoder" in err) == (1, True)
+
+
+def test_caption_cuts_long_videos(run: Run, vlm: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path / "long.mp4", num_frames=60)  # 2.5 seconds
+    options = ["--model", vlm, "--max-length", "8", "--batch-size", "2", "--out", tmp_path / "job"]
+    for skipped in (0, 1):
+        code, out, _ = run("caption", tmp_path / "long.mp4", *options, "--window-seconds", "0.8")
+        assert (code, f"3 rows (0 failed) in 1 shards, {skipped} of them" in out) == (0, True)
+    code, _, err = run("caption", tmp_path / "long.mp4", *options, "--cut", "shots")
+    assert (code, "is a job on other clips: 2 removed" in err) == (1, True)
+    # The lists of a job are manifests: so training finds the clips that were cut.
+    (lists,) = (tmp_path / "job" / "work").glob("*.jsonl")
+    found = read_manifest(lists)
+    assert sorted(record.start_seconds for record in found) == [0.0, 0.8, 1.6]
+    assert {record.group for record in found} == {str(tmp_path / "long.mp4")}
+    assert {row.key for row in read_captions(tmp_path / "job")} == {record.key for record in found}
 
 
 def test_stats_of_sets_of_equal_size(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from pyvdl.archives import DamagedArchive, Sample, write_archive
 from pyvdl.data import Record
 from pyvdl.manifests import Input
+from pyvdl.shots import Shots
 from tests.clips import write_clip
 
 ROWS: list[dict[str, Any]] = [
@@ -140,4 +141,6 @@ def test_long_clips_are_cut_into_windows(tmp_path: Path) -> None:
         ("short#0000", 0.0, 0.1),
     ]
     assert found[1].extra == {"views": 3}
-    assert Input([tmp_path / "m.jsonl"]).sha256() != Input([tmp_path / "m.jsonl"], window_seconds=1.0).sha256()
+    assert [record.group for record in found[:3]] == ["v", "v", None]
+    cut: list[dict[str, Any]] = [{}, {"window_seconds": 1.0}, {"shots": Shots()}, {"shots": Shots(min_seconds=2.0)}]
+    assert len({Input([tmp_path / "m.jsonl"], **options).sha256() for options in cut}) == 4
