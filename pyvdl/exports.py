@@ -20,7 +20,7 @@ _MAX_BYTES = 4 << 30  # of one video
 def export(out: str | os.PathLike[str], kind: str) -> Path:
     """Writes a finished job once more: returns the file or folder, whose name is that of the kind.
 
-    Rows that failed are left out; where one caption is wanted it is the likeliest one.
+    Rows without captions are left out; where one caption is wanted it is the likeliest one.
 
     "coco": captions.json, COCO's results, [{"image_id": key, "caption": text}, ...].
     "videofolder": Hugging Face's folder: links to the videos, and metadata.jsonl with all columns.
@@ -44,7 +44,7 @@ def _best(row: CaptionRow) -> str:
 
 def _good(job: Job, shard: int) -> Iterator[tuple[Record, CaptionRow]]:
     for record, row in zip(job.work(shard), job.rows(shard), strict=True):
-        if row.status == "ok":
+        if row.captions:  # neither failed nor, by filters, left without any
             yield record, row
 
 

@@ -12,7 +12,7 @@ from pyvdl.archives import Sample, read_archive, write_archive
 from pyvdl.data import Record
 from pyvdl.exports import export
 from pyvdl.jobs import Job, open_job
-from pyvdl.rows import CaptionRow
+from pyvdl.rows import CaptionRow, Dropped
 from pyvdl.storage import Folder
 from tests.test_jobs import row
 
@@ -45,6 +45,15 @@ def test_results_of_coco(job: Job) -> None:
     path = export(finish(job), "coco")
     found = sorted(json.loads(path.read_text()), key=lambda result: result["image_id"])
     assert found == [{"image_id": "a/1.0", "caption": "likelier"}, {"image_id": "member", "caption": "likelier"}]
+
+
+def test_clips_whose_captions_were_all_dropped_are_left_out(job: Job) -> None:
+    gone: Dropped = {"caption": "a a a", "log_prob": -1.0, "clip_score": None, "reason": "max_repetition"}
+    for shard in job.missing():
+        rows = [captioned(record) for record in job.work(shard)]
+        job.finish(shard, [dataclasses.replace(row, captions=[], log_probs=[], dropped=[gone]) for row in rows])
+    assert job.folder.local is not None
+    assert json.loads(export(job.folder.local, "coco").read_text()) == []
 
 
 def test_tars_hold_videos_captions_and_columns(job: Job) -> None:
