@@ -31,15 +31,9 @@ the captions.
 try it:
   demo      the whole method on a small corpus made for it, with a report
 data:
-<<<<<<< HEAD
   probe     what is in video files or a data set, and what is wrong with them
-  prepare   render a labelled corpus of real video files
-  instruct  questions and answers from captions and narratives
-=======
-  probe     what is in video files, or what is wrong with them
   prepare   rewrite a data set so that epochs cost less, or render a labelled corpus
-  instruct  questions and answers from narratives
->>>>>>> 9856e34 (WIP prepare)
+  instruct  questions and answers from captions and narratives
 the method:
   adapt     an image vision-language model to video: the visual or the language stage
   caption   videos with the adapted model
