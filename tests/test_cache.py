@@ -214,7 +214,7 @@ def test_a_killed_job_goes_on(records: list[Record], tmp_path: Path) -> None:
 
 
 def test_an_array_goes_on_where_it_was_stopped(records: list[Record], tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, note: str = "") -> None:
         raise KeyboardInterrupt
 
     options: dict[str, Any] = {"clip": CLIP, "shard_size": 3}
