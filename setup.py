@@ -45,6 +45,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=16"],
     "int8": ["qwix>=0.1.8"],
     "llm": ["openai>=3", "tenacity>=9.1", "json-repair>=0.50", "py3langid>=0.4"],
+    "ray": ["ray>=2.60"],
+    "s3": ["s3fs>=2025.3"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6.100",
@@ -55,6 +57,9 @@ EXTRAS = {
         "psutil",
         "qwix>=0.1.8",
         "tensorboardX>=2.6",
+        "moto[s3]>=5.2",
+        "flask",
+        "flask-cors",  # a server that speaks S3
     ],
 }
 
@@ -70,7 +75,7 @@ setup(
         "pyvdl.kernels",
     ],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},
-    package_data={"pyvdl": ["py.typed", "report.html.j2"], "pyvdl.instruct": ["prompts.toml"]},
+    package_data={"pyvdl": ["py.typed", "*.j2"], "pyvdl.instruct": ["prompts.toml"]},
     install_requires=[
         "jax>=0.11",
         "flax>=0.12",

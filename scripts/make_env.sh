@@ -42,5 +42,5 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt)
 "${uv[@]}" "setuptools>=77" "nanobind>=3.1" "cmake>=3.25" ninja
-PATH="$PWD/.venv/bin:$PATH" "${uv[@]}" --no-build-isolation --editable ".[text,eval,stats,demo,parquet,llm,dev]"
+PATH="$PWD/.venv/bin:$PATH" "${uv[@]}" --no-build-isolation --editable ".[text,eval,stats,demo,parquet,llm,ray,s3,dev]"
 touch .venv/.made
