@@ -145,12 +145,20 @@ class Job:
             counts += count_shard(self.folder, self._name(shard))
         return counts
 
+    def rows(self, shard: int) -> list[CaptionRow]:
+        """The rows of a finished shard."""
+        return list(read_shard(self.folder, self._name(shard)))
+
+    def finished(self, shards: Iterable[int]) -> list[tuple[float, int]]:
+        """When these finished shards were written, in seconds since the epoch, and their numbers, in that order."""
+        return sorted((self.folder.modified(self._name(shard)), shard) for shard in shards)
+
     def status(self) -> Status:
         """How far the job is, by one listing and the ends of the finished shards."""
         missing = set(self.missing())
         done = [shard for shard in range(self.shards) if shard not in missing]
         counts = self.counts(done)
-        times = sorted((self.folder.modified(self._name(shard)), shard) for shard in done)
+        times = self.finished(done)
         last = times[-_RATED:]
         rate = None
         if len(last) > 1 and last[-1][0] > last[0][0]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyvdl.claims import claims, read_score, verdict
+from pyvdl.page import draw, frame_image, new_figure, number, photograph_uri, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,18 +29,6 @@ STATISTICS = {
     "unique_nouns": "different nouns",
     "unique_verbs": "different verbs",
 }
-THEMES = {
-    "light": {
-        "paper": "#ffffff", "ink": "#1d1c1a", "muted": "#6d6a64", "line": "#e4e1da",
-        "image": "#a3a29e", "visual": "#3f78c9", "language": "#0f8a72",
-        "alt_text": "#a3a29e", "pseudo_captions": "#d9731a", "human_captions": "#7656b8",
-    },
-    "dark": {
-        "paper": "#1e1f23", "ink": "#ebe8e2", "muted": "#a3a09a", "line": "#3a3b41",
-        "image": "#85868b", "visual": "#6d9fe8", "language": "#35b395",
-        "alt_text": "#85868b", "pseudo_captions": "#f0964a", "human_captions": "#a58be0",
-    },
-}  # fmt: skip
 _COMMON_WORDS = frozenset(
     (
         "a",
@@ -65,7 +51,6 @@ _COMMON_WORDS = frozenset(
         "then",
     )
 )
-_NEEDS = "the report needs matplotlib and Jinja2: pip install 'matplotlib>=3.9' 'jinja2>=3.1'"
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> Path:
@@ -74,44 +59,32 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
     Frame files named by the report's examples must be in `directory` already (`save_thumbnail`, `save_strip`). The page
     holds everything it shows: images are data URIs, there is no script and no address to load anything from.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(_NEEDS) from error
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tested = claims(report)
     films = [_film(example, directory) for example in report["examples"]["captions"]]  # before the plots: may refuse
     searches = [_search(example, directory) for example in report["examples"]["retrieval"]]
-    plots = _write_plots(report, directory)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "percent": _percent, "duration": _duration, "unbroken": _unbroken}
-    page = environment.get_template("report.html.j2").render(
+    plots = draw(lambda colours: _figures(report, colours))
+    for name, files in plots.items():
+        for theme, png in files.items():
+            (directory / (f"plot-{name}.png" if theme == "light" else f"plot-{name}-{theme}.png")).write_bytes(png)
+    path = directory / "report.html"
+    write_page(
+        path,
+        "report.html.j2",
+        plots=plots,
         report=report,
-        claims=tested,
-        verdict=verdict(tested),
+        claims=[claim | {"figures": _unbroken(claim["figures"])} for claim in tested],
+        verdict=_unbroken(verdict(tested)),
         held=sum(claim["holds"] for claim in tested),
         tables=_tables(report),
         statistics=_statistics(report),
-        plots={name: {theme: _data_uri(path) for theme, path in files.items()} for name, files in plots.items()},
         films=films,
         searches=searches,
         steps=_steps(report),
-        themes=THEMES,
         stages=STAGES,
         texts=TEXTS,
     )
-    path = directory / "report.html"
-    partial = path.with_suffix(".html.part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
     return path
 
 
@@ -131,7 +104,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def save_thumbnail(frame: np.ndarray, path: Path, *, max_side: int = 160) -> Path:
     """Writes one frame, uint8[H, W, 3], as PNG; larger ones are shrunk so that no side passes `max_side` pixels."""
-    image = _image(frame)
+    image = frame_image(frame)
     image.thumbnail((max_side, max_side))
     image.save(path, format="PNG")
     return Path(path)
@@ -142,7 +115,7 @@ def save_strip(frames: np.ndarray, path: Path, *, max_side: int = 160, gap: int 
     frames = np.asarray(frames)
     if frames.ndim != 4 or len(frames) == 0:
         raise ValueError(f"frames have shape {frames.shape}; expected [T, H, W, 3] with at least one frame")
-    images = [_image(frame) for frame in frames]
+    images = [frame_image(frame) for frame in frames]
     for image in images:
         image.thumbnail((max_side, max_side))
     width, height = images[0].size
@@ -153,18 +126,6 @@ def save_strip(frames: np.ndarray, path: Path, *, max_side: int = 160, gap: int 
         strip.paste(image, (position * (width + gap), 0))
     strip.save(path, format="PNG")
     return Path(path)
-
-
-def _image(frame: np.ndarray) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("writing frames needs Pillow: pip install pillow") from error
-
-    frame = np.asarray(frame)
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-        raise ValueError(f"a frame is {frame.dtype}{list(frame.shape)}; expected uint8[H, W, 3]")
-    return Image.fromarray(np.ascontiguousarray(frame))
 
 
 # What the page and the text table show ------------------------------------------------------------------------------
@@ -211,8 +172,7 @@ def _cell(score: Any) -> dict[str, str]:
 def _statistics(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     counted = report["caption_statistics"]
     return [
-        {"label": label, "cells": [_number(counted[texts][key]) for texts in TEXTS]}
-        for key, label in STATISTICS.items()
+        {"label": label, "cells": [number(counted[texts][key]) for texts in TEXTS]} for key, label in STATISTICS.items()
     ]
 
 
@@ -224,9 +184,9 @@ def _steps(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = {
         "corpus": (
             "Corpus",
-            f"{_number(corpus['files'])} video files rendered and encoded ({codecs}), cut into "
-            f"{_number(corpus['train'])} training, {_number(corpus['unlabelled'])} unlabelled "
-            f"and {_number(corpus['test'])} test clips.",
+            f"{number(corpus['files'])} video files rendered and encoded ({codecs}), cut into "
+            f"{number(corpus['train'])} training, {number(corpus['unlabelled'])} unlabelled "
+            f"and {number(corpus['test'])} test clips.",
         ),
         "pretrain": ("Image model", "A small image-text model is trained on single frames: the starting point."),
         "visual": ("Visual stage", "The vision tower learns from short video captions; the language model is frozen."),
@@ -236,14 +196,14 @@ def _steps(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         "caption": (
             "Captions",
-            f"{_number(pseudo)} captions are sampled for the unlabelled clips by nucleus sampling; all are kept.",
+            f"{number(pseudo)} captions are sampled for the unlabelled clips by nucleus sampling; all are kept.",
         ),
         "dual_encoder": (
             "Dual encoder",
             "One video-text encoder is trained three times from the same start: on alt-text, pseudo-captions and "
             "human captions.",
         ),
-        "evaluate": ("Evaluation", f"Every model is scored on the same {_number(corpus['test'])} test clips."),
+        "evaluate": ("Evaluation", f"Every model is scored on the same {number(corpus['test'])} test clips."),
     }
     total = seconds["total"]
     steps = [
@@ -277,7 +237,7 @@ def _film(example: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     ]
     return {
         "key": example["key"],
-        "frames": [_data_uri(directory / name, photograph=True) for name in example["frames"]],
+        "frames": [_photograph(directory / name) for name in example["frames"]],
         "human": example["human"],
         "said": said,
         "questions": questions,
@@ -285,7 +245,7 @@ def _film(example: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _search(example: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    ranked = [{**entry, "frame": _data_uri(directory / entry["frame"], photograph=True)} for entry in example["ranked"]]
+    ranked = [{**entry, "frame": _photograph(directory / entry["frame"])} for entry in example["ranked"]]
     place = next((rank for rank, entry in enumerate(ranked, 1) if entry["correct"]), None)
     return {"query": example["query"], "encoder": TEXTS[example["encoder"]], "ranked": ranked, "place": place}
 
@@ -303,69 +263,22 @@ def _same(first: str, second: str) -> bool:
     return " ".join(first.casefold().split()) == " ".join(second.casefold().split())
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.1f}"
-
-
-def _percent(share: float) -> str:
-    if not 0 <= share <= 1:
-        raise ValueError(f"a share is {share!r}; expected a fraction from 0 to 1")
-    return f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
-
-
 def _unbroken(sentence: str) -> str:
     """The sentence with no-break spaces between a value and its interval, and inside the interval."""
     return re.sub(r" \[[^]]*\]", lambda interval: interval.group().replace(" ", "\u00a0"), sentence)
 
 
-def _data_uri(path: Path, *, photograph: bool = False) -> str:
-    """The image as a data URI; photographs as JPEG, which noise makes several times smaller than PNG."""
+def _photograph(path: Path) -> str:
+    """The image in a file as a data URI."""
     if not path.is_file():
         raise FileNotFoundError(f"the report names the image {path}, which is not there")
-    content, kind = path.read_bytes(), "png"
-    if photograph:
-        from PIL import Image
+    from PIL import Image
 
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
-            image.convert("RGB").save(buffer, format="JPEG", quality=88)
-        content, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    with Image.open(path) as image:
+        return photograph_uri(image)
 
 
 # Plots --------------------------------------------------------------------------------------------------------------
-
-
-def _write_plots(report: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Path]]:
-    """Every plot as `plot-<name>.png` and, for dark screens, `plot-<name>-dark.png`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(_NEEDS) from error
-
-    files: dict[str, dict[str, Path]] = {}
-    for theme, colours in THEMES.items():
-        settings: dict[Any, Any] = {
-            "figure.facecolor": colours["paper"], "axes.facecolor": colours["paper"],
-            "text.color": colours["ink"], "axes.labelcolor": colours["muted"], "axes.edgecolor": colours["line"],
-            "xtick.color": colours["muted"], "ytick.color": colours["muted"], "grid.color": colours["line"],
-            "xtick.labelcolor": colours["ink"], "axes.spines.top": False, "axes.spines.right": False,
-            "axes.spines.left": False, "axes.axisbelow": True, "font.size": 10, "font.family": "DejaVu Sans",
-            "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 9.5,
-        }  # fmt: skip
-        with matplotlib.rc_context(settings):
-            for name, figure in _figures(report, colours).items():
-                path = directory / (f"plot-{name}.png" if theme == "light" else f"plot-{name}-{theme}.png")
-                figure.savefig(path, dpi=200)
-                files.setdefault(name, {})[theme] = path
-    return files
 
 
 def _figures(report: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Figure]:
@@ -391,19 +304,12 @@ def _figures(report: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str,
     }
 
 
-def _figure() -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no global state and no backend to choose, savefig uses Agg
-
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _bars(groups: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
     """Groups of bars, one bar for each key of `labels`, with 95% intervals and the values written above them.
 
     A single group has its bars named below them, several have a legend.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     width = 0.8 / len(labels)
     top = max(score.high for group in groups.values() for score in group.values())
     for position, (key, label) in enumerate(labels.items()):
@@ -431,7 +337,7 @@ def _bars(groups: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], co
 
 def _curves(losses: Mapping[str, Any], labels: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
     """Losses over steps: each curve faint as logged, its running mean over a twentieth of the run in full colour."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for key, label in labels.items():
         points = np.asarray(losses[key], dtype=float).reshape(-1, 2)
         colour = colours[{"pretrain": "image"}.get(key, key.removeprefix("dual_"))]
