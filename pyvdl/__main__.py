@@ -254,6 +254,9 @@ def _parser() -> Parser:
         "pyvdl status runs/captions",
     )
     p.add_argument("out", metavar="DIR", help="what --out of `pyvdl caption` named")
+    p.add_argument(
+        "--page", type=Path, metavar="FILE", help="write an HTML page too: plots, clips with their captions, errors"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object")
 
     p = verb(
@@ -410,6 +413,24 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--fsdp", type=_positive, default=1, metavar="N", help=text)
     p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
     _add_distributed(p, "caption")
+    p.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="with --out: this process and those of --distributed, or the workers of a Ray cluster, whose hosts may\n"
+        "come and go: that of RAY_ADDRESS, else one on this machine for as long as it takes (default: local)",
+    )
+    p.add_argument(
+        "--workers", type=_positive, metavar="N", help="of --engine ray (default: as many as have a place now)"
+    )
+    p.add_argument(
+        "--worker-resources",
+        type=_resource,
+        nargs="+",
+        default=[],
+        metavar="NAME=X",
+        help="what a worker takes of a host, by Ray's names: GPU=1, TPU=4, CPU=8, ... (default: CPU=1)",
+    )
     _add_loading(p)
 
 
@@ -467,6 +488,13 @@ def _add_loading(p: Parser) -> None:
     p.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips at a time (default: 8)")
     p.add_argument("--num-threads", type=_positive, default=2, metavar="N", help="that decode (default: 2)")
     p.add_argument("--int8", action="store_true", help="keep the model's matrices in int8, in less memory (needs qwix)")
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, _, amount = text.partition("=")
+    if not name or not amount.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a resource with its amount, such as GPU=1")
+    return name, float(amount)
 
 
 def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: str) -> Callable[[str], T]:

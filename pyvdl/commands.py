@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyvdl.caption import Captioner
     from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
     from pyvdl.filters import Filters
@@ -313,73 +314,16 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def caption(arguments: argparse.Namespace) -> int:
-    import jax
-
     from pyvdl.caption import caption_records
-    from pyvdl.checkpoint import is_public
-    from pyvdl.exports import export
-    from pyvdl.models.vlm import VLM
-    from pyvdl.pipeline import caption_job
     from pyvdl.progress import reporting
-    from pyvdl.recipes import model_clip
-    from pyvdl.sharding import join, make_mesh, place
-    from pyvdl.text import PALIGEMMA_PROMPT
 
-    if arguments.distributed:
-        if arguments.out is None:
-            raise UsageError("--distributed goes with --out, the folder that all processes see")
-        join()
-    filters = _filters(arguments)
-    asked = _asked(arguments, **_cutting(arguments))
-    records = _listed(asked) if arguments.out is None else []
-    mesh = None
-    if jax.local_device_count() > 1 and arguments.out is not None:
-        mesh = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
-    model, tokenizer = _load(arguments, None if mesh is None else place(mesh))
-    if not isinstance(model, VLM):
-        raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
-    options: dict[str, Any] = {
-        "clip": _clip(arguments, model_clip(model.config)),
-        "num_samples": arguments.num_samples,
-        "max_length": arguments.max_length,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-        "filters": filters,
-        **_loading(arguments),
-    }
-    if arguments.clip_score is not None:
-        options["encoder"] = _encoder(arguments.clip_score, None if mesh is None else place(mesh))
-    if arguments.prompt is not None:
-        options["prompt"] = arguments.prompt
-    elif is_public(arguments.model):
-        options["prompt"] = PALIGEMMA_PROMPT
     if arguments.out is not None:
-        with reporting("caption", enabled=jax.process_index() == 0) as report:
-            done = caption_job(
-                model,
-                tokenizer,
-                asked,
-                arguments.out,
-                shard_size=arguments.shard_size,
-                format=arguments.format,
-                timeout_seconds=arguments.timeout_seconds,
-                mesh=mesh,
-                input_sha256=asked.sha256() if jax.process_index() == 0 else None,
-                progress=report,
-                **options,
-            )
-        print(
-            f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
-            f"{done.shards_skipped} of them from an earlier run"
-        )
-        if filters is not None:
-            by_name = ", ".join(f"{count} by {name}" for name, count in done.dropped.items())
-            print(f"{sum(done.dropped.values())} captions dropped" + (f" ({by_name})" if by_name else ""))
-        if jax.process_index() == 0:
-            for kind in arguments.export:
-                print(f"{kind}: {export(arguments.out, kind)}")
-        return 0
+        return _caption_job(arguments)
+    if arguments.distributed or arguments.engine != "local":
+        raise UsageError("--distributed and --engine go with --out, the folder that all processes see")
+    records = _listed(_asked(arguments, **_cutting(arguments)))
+    model, tokenizer, options = _captioning(arguments)
+    options["num_threads"] = arguments.num_threads
     alone = len(records) == 1 and not arguments.json
     table: list[list[Any]] = []
     with reporting("caption", enabled=len(records) > 1) as report:
@@ -399,13 +343,133 @@ def caption(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _caption_job(arguments: argparse.Namespace) -> int:
+    from pyvdl.exports import export
+    from pyvdl.progress import reporting
+
+    filters = _filters(arguments)  # before anything is read
+    asked = _asked(arguments, **_cutting(arguments))
+    first = True  # of several processes
+    job: dict[str, Any] = {
+        "shard_size": arguments.shard_size,
+        "format": arguments.format,
+        "num_threads": arguments.num_threads,
+        "timeout_seconds": arguments.timeout_seconds,
+    }
+    if arguments.engine == "ray":
+        from functools import partial
+
+        from pyvdl.cluster import caption_on_cluster
+
+        if arguments.distributed:
+            raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
+        score = arguments.clip_score and arguments.clip_score.absolute()  # workers stand elsewhere
+        there = argparse.Namespace(**vars(arguments) | {"model": arguments.model.absolute(), "clip_score": score})
+        with reporting("caption") as report:  # this process leaves the devices to the workers
+            done = caption_on_cluster(
+                partial(_captioner, there),
+                asked,
+                arguments.out,
+                workers=arguments.workers,
+                needs=dict(arguments.worker_resources),
+                input_sha256=asked.sha256(),
+                progress=report,
+                **job,
+            )
+    else:
+        import jax
+
+        from pyvdl.pipeline import caption_job
+        from pyvdl.sharding import join
+
+        if arguments.workers is not None or arguments.worker_resources:
+            raise UsageError("--workers and --worker-resources go with --engine ray")
+        if arguments.distributed:
+            join()
+        model, tokenizer, options = _captioning(arguments)
+        first = jax.process_index() == 0
+        with reporting("caption", enabled=first) as report:
+            done = caption_job(
+                model,
+                tokenizer,
+                asked,
+                arguments.out,
+                input_sha256=asked.sha256() if first else None,
+                progress=report,
+                **job,
+                **options,
+            )
+    print(
+        f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
+        f"{done.shards_skipped} of them from an earlier run"
+    )
+    if filters is not None:
+        by_name = ", ".join(f"{count} by {name}" for name, count in done.dropped.items())
+        print(f"{sum(done.dropped.values())} captions dropped" + (f" ({by_name})" if by_name else ""))
+    if first:
+        for kind in arguments.export:
+            print(f"{kind}: {export(arguments.out, kind)}")
+    return 0
+
+
+def _captioner(arguments: argparse.Namespace) -> Captioner:
+    """What a worker of a cluster captions with."""
+    from pyvdl.caption import Captioner
+
+    model, tokenizer, options = _captioning(arguments)
+    return Captioner(model, tokenizer, **options)
+
+
+def _captioning(arguments: argparse.Namespace) -> tuple[VLM, Tokenizer, dict[str, Any]]:
+    """The model that is asked for, with the options of a `Captioner`."""
+    import jax
+
+    from pyvdl.checkpoint import is_public
+    from pyvdl.models.vlm import VLM
+    from pyvdl.recipes import model_clip
+    from pyvdl.sharding import make_mesh, place
+    from pyvdl.text import PALIGEMMA_PROMPT
+
+    mesh = None
+    if jax.local_device_count() > 1 and arguments.out is not None:
+        mesh = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
+    model, tokenizer = _load(arguments, None if mesh is None else place(mesh))
+    if not isinstance(model, VLM):
+        raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")
+    options: dict[str, Any] = {
+        "clip": _clip(arguments, model_clip(model.config)),
+        "num_samples": arguments.num_samples,
+        "max_length": arguments.max_length,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "mesh": mesh,
+        "filters": _filters(arguments),
+    }
+    if arguments.clip_score is not None:
+        options["encoder"] = _encoder(arguments.clip_score, None if mesh is None else place(mesh))
+    if arguments.prompt is not None:
+        options["prompt"] = arguments.prompt
+    elif is_public(arguments.model):
+        options["prompt"] = PALIGEMMA_PROMPT
+    return model, tokenizer, options
+
+
 def status(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from pyvdl.jobs import load_job
     from pyvdl.storage import Folder
 
-    found = load_job(Folder(arguments.out)).status()
+    if arguments.page is not None:
+        _make_way(arguments.page, "--page")
+    job = load_job(Folder(arguments.out))
+    if arguments.page is not None:
+        from pyvdl.job_page import write_job_page
+
+        write_job_page(job, arguments.page)
+    found = job.status()
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found) | {"seconds_left": found.seconds_left}))
         return 0
@@ -589,10 +653,10 @@ def stats(arguments: argparse.Namespace) -> int:
 # What the commands share.
 
 
-def _make_way(out: Path) -> None:
+def _make_way(out: Path, option: str = "--out") -> None:
     """Makes the folder of the file to write, or fails, before the work whose result would be lost."""
     if out.is_dir():
-        raise UsageError(f"--out {out} is a folder: name a file in it")
+        raise UsageError(f"{option} {out} is a folder: name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

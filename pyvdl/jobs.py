@@ -145,10 +145,6 @@ class Job:
             counts += count_shard(self.folder, self._name(shard))
         return counts
 
-    def rows(self, shard: int) -> list[CaptionRow]:
-        """The rows of a finished shard."""
-        return list(read_shard(self.folder, self._name(shard)))
-
     def finished(self, shards: Iterable[int]) -> list[tuple[float, int]]:
         """When these finished shards were written, in seconds since the epoch, and their numbers, in that order."""
         return sorted((self.folder.modified(self._name(shard)), shard) for shard in shards)

@@ -110,6 +110,17 @@ class JobSummary:
     shards_skipped: int  # finished by an earlier run of the same command
 
 
+def summary(job: Job, counts: Counts, done_now: int) -> JobSummary:
+    """Of a job whose rows are `counts`, after a run that finished `done_now` of its shards."""
+    return JobSummary(
+        rows=counts.rows,
+        failed=counts.failed.total(),
+        dropped=dict(counts.dropped.most_common()),
+        shards=job.shards,
+        shards_skipped=job.shards - done_now,
+    )
+
+
 def caption_job(
     model: VLM,
     tokenizer: Tokenizer,
@@ -170,13 +181,7 @@ def caption_job(
         if count > 1:
             multihost_utils.sync_global_devices("captioned")
         counts = job.counts(range(job.shards))
-    return JobSummary(
-        rows=counts.rows,
-        failed=counts.failed.total(),
-        dropped=dict(counts.dropped.most_common()),
-        shards=job.shards,
-        shards_skipped=job.shards - len(todo),
-    )
+    return summary(job, counts, len(todo))
 
 
 def _open_together(folder: Folder, recipe: Mapping[str, Any], opened: Callable[[], Job]) -> Job:

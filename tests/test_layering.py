@@ -33,6 +33,8 @@ FORBIDDEN = {
     "pyvdl.shots": {"jax", "flax"},
     "pyvdl.jobs": {"jax", "flax"},
     "pyvdl.exports": {"jax", "flax"},
+    "pyvdl.page": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
+    "pyvdl.pipeline": {"pyvdl.cluster"},
     "pyvdl.decoder_child": {"jax", "flax", "pyvdl.data"},
     "pyvdl.decoder_process": {"jax", "flax", "pyvdl.data"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},

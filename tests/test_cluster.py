@@ -1,0 +1,110 @@
+"""Captioning on a Ray cluster: workers that are killed, shards that fail, and the rows of a job on one machine."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyvdl import cluster
+from pyvdl.__main__ import main
+from pyvdl.checkpoint import save_model
+from pyvdl.cluster import caption_on_cluster
+from pyvdl.data import Record, write_manifest
+from pyvdl.pipeline import JobSummary, caption_job
+from tests.clips import write_clip
+from tests.cluster_workers import DRAWING, WORDS, absent, frail
+from tests.models import tiny_vlm
+
+FILES, EACH, SHARD = 12, 3, 4
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    folder = tmp_path_factory.mktemp("clips")
+    found = []
+    for i in range(FILES):
+        path = folder / f"{i}.mp4"
+        if i == 2:
+            path.write_bytes(b"this is not a video" * 100)
+        else:
+            write_clip(path, seed=i)
+        for j in range(EACH):
+            found.append(Record(key=f"{i}-{j}", video=str(path), start_seconds=0.2 * j, end_seconds=0.2 * j + 0.4))
+    return found
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("captions-*")}
+
+
+@pytest.fixture(scope="module")
+def whole(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job on this process's devices."""
+    out = tmp_path_factory.mktemp("whole")
+    done = caption_job(tiny_vlm(WORDS), WORDS, records, out, shard_size=SHARD, **DRAWING)
+    assert done == JobSummary(rows=FILES * EACH, failed=EACH, shards=9, shards_skipped=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of this machine; its processes share compiled programs."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("RAY_ADDRESS", "local")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TMPDIR", folder)  # a short path: sockets stand in it
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        found = cluster._ray()
+        with cluster._connected(found):
+            yield found
+
+
+def test_workers_that_are_killed_and_shards_that_fail_change_no_row(
+    ray: Any, records: list[Record], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scars, out = tmp_path / "scars", tmp_path / "out"
+    scars.mkdir()
+    notes = []
+
+    def progress(done: int, total: int, note: str = "", /) -> None:
+        assert total == FILES * EACH
+        notes.append((done, note))
+
+    with pytest.raises(RuntimeError, match=r"1 of 9 shards failed, .*: \d \(ArithmeticError: no words for 7-1\)$"):
+        caption_on_cluster(
+            partial(frail, scars), records, out, workers=2, needs={"CPU": 1}, shard_size=SHARD, progress=progress
+        )
+    assert (scars / "killed").exists()
+    assert len((scars / "poisoned").read_text().split()) > 1, "what fails by itself is tried twice"
+    done, wanted = shards(out), shards(whole)
+    assert len(done) == 8
+    assert done.items() <= wanted.items()
+    assert notes[-1][0] == FILES * EACH - SHARD
+    assert re.match(r"[12] of 2 workers \(1 lost so far\), shards failed: \d, ", notes[-1][1])
+    assert "clips/s" in notes[-1][1]
+
+    model = tiny_vlm(WORDS)
+    save_model(tmp_path / "model", model, model.config, WORDS)
+    write_manifest(tmp_path / "clips.jsonl", records)
+    words = ["--num-samples=2", "--max-length=6", "--top-p=1", "--seed=3", "--batch-size=2", f"--shard-size={SHARD}"]
+    words += [f"--model={tmp_path}/model", f"--out={out}", "--engine=ray", "--workers=1"]
+    assert main(["caption", str(tmp_path / "clips.jsonl"), *words]) == 0
+    assert f"{FILES * EACH} rows ({EACH} failed) in 9 shards, 8 of them from an earlier run" in capsys.readouterr().out
+    assert shards(out) == wanted
+
+
+def test_a_job_that_cannot_begin_says_why(ray: Any, records: list[Record], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no worker is left, the last one: FileNotFoundError: no model here$"):
+        caption_on_cluster(absent, records, tmp_path, workers=1)
+    with pytest.raises(
+        ValueError, match=r"a worker needs CPU=1, GPU=1, and the cluster has CPU=\d+, GPU=0: ask for less"
+    ):
+        caption_on_cluster(absent, records, tmp_path, needs={"GPU": 1})
+    assert not list(tmp_path.glob("captions-*"))
