@@ -29,8 +29,8 @@ class Frail(Captioner):
         self._scars = scars
         self._batches = 0
 
-    def rows(self, batches: Iterable[Decoded]) -> Iterator[list[CaptionRow]]:
-        for rows in super().rows(batches):
+    def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
+        for rows in super().rows(batches, **names):
             self._batches += 1
             if self._batches == 4 and not (self._scars / "killed").exists():
                 (self._scars / "killed").touch()

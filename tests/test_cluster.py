@@ -73,7 +73,7 @@ def test_workers_that_are_killed_and_shards_that_fail_change_no_row(
     scars.mkdir()
     notes = []
 
-    def progress(done: int, total: int, note: str = "", /) -> None:
+    def progress(done: int, total: int, note: str = "") -> None:
         assert total == FILES * EACH
         notes.append((done, note))
 
