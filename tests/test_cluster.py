@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ import pytest
 
 from pyvdl import cluster
 from pyvdl.__main__ import main
+from pyvdl.caption import Captioner
 from pyvdl.checkpoint import save_model
-from pyvdl.cluster import caption_on_cluster
+from pyvdl.cluster import Share, UnwrittenShard, Worker, caption_on_cluster
 from pyvdl.data import Record, write_manifest
+from pyvdl.jobs import Job, open_job
 from pyvdl.pipeline import JobSummary, caption_job
+from pyvdl.storage import Folder
 from tests.clips import write_clip
-from tests.cluster_workers import DRAWING, WORDS, absent, frail
+from tests.cluster_workers import DRAWING, POISON, WORDS, absent, frail
 from tests.models import tiny_vlm
 
 FILES, EACH, SHARD = 12, 3, 4
@@ -98,6 +103,50 @@ def test_workers_that_are_killed_and_shards_that_fail_change_no_row(
     assert main(["caption", str(tmp_path / "clips.jsonl"), *words]) == 0
     assert f"{FILES * EACH} rows ({EACH} failed) in 9 shards, 8 of them from an earlier run" in capsys.readouterr().out
     assert shards(out) == wanted
+
+
+def test_a_worker_tells_what_is_the_shard_s_fault_and_what_the_disk_s(
+    records: list[Record], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker in this process, without Ray."""
+    (tmp_path / "killed").touch()
+    captioner = frail(tmp_path)
+    job = open_job(Folder(tmp_path), captioner.recipe(), records, shard_size=SHARD, format="parquet")
+    bad = next(shard for shard in range(9) if POISON in [record.key for record in job.work(shard)])
+    worker = Worker(lambda: captioner, str(tmp_path), dict(num_threads=1, prefetch=1, timeout_seconds=60.0))
+    with ThreadPoolExecutor(9) as threads:
+        answers = list(threads.map(partial(answer, worker), range(9)))
+    assert str(answers.pop(bad)) == f"no words for {POISON}"
+    shares = [share for share in answers if isinstance(share, Share)]
+    assert sum(share.counts.rows for share in shares) == FILES * EACH - SHARD
+    assert sum(share.tokens for share in shares) > 0
+    done, wanted = shards(tmp_path), shards(whole)
+    assert len(done) == 8
+    assert done.items() <= wanted.items()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "a shard")
+
+    monkeypatch.setattr(Job, "finish", full)
+    with pytest.raises(UnwrittenShard, match="No space left on device: 'a shard'"):
+        worker.caption((bad + 1) % 9)
+    another = Worker(partial(replaced, captioner), str(tmp_path), {})
+    with pytest.raises(ValueError, match=r"seen from .*\) holds another job \(seed was 3, now 4\)"):
+        another.caption(0)
+
+
+def answer(worker: Worker, shard: int) -> Share | Exception:
+    try:
+        return worker.caption(shard)
+    except ArithmeticError as error:
+        return error
+
+
+def replaced(captioner: Captioner) -> Captioner:
+    """What a host with another idea of the job has."""
+    other = copy.copy(captioner)
+    other.seed = 4
+    return other
 
 
 def test_a_job_that_cannot_begin_says_why(ray: Any, records: list[Record], tmp_path: Path) -> None:
