@@ -165,6 +165,10 @@ def test_version(run: Run) -> None:
         (["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "model.depth=2"], "'model.depth'"),
         (["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "optim.name=adam"], "'adamw'"),
         (["train", "--data", "d", "--captions", "human", "--out", "o", "--seed", "1"], "--seed"),
+        (["caption", "x.mp4", "--engine", "ray"], "go with --out"),
+        (["caption", "x.mp4", "--out", "o", "--workers", "2"], "go with --engine ray"),
+        (["caption", "x.mp4", "--out", "o", "--engine", "ray", "--worker-resources", "GPU"], "such as GPU=1"),
+        (["caption", "x.mp4", "--out", "o", "--engine", "ray", "--distributed"], "brings its own processes"),
         (["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "batch_size=0"], "batch_size must be"),
         (
             ["train", "--data", "d", "--captions", "human", "--out", "o", "--set", "steps=10"],
@@ -348,8 +352,9 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
     assert code == 0
     assert "shards" in out
     assert "3 of 3" in out
-    code, out, _ = run("status", tmp_path / "job", "--json")
+    code, out, _ = run("status", tmp_path / "job", "--json", "--page", tmp_path / "job.html")
     assert json.loads(out)["shards_done"] == 3
+    assert "<h1>Captions of " in (tmp_path / "job.html").read_text()
 
     code, out, _ = run("stats", "--captions", tmp_path / "job", corpus / "unlabelled.jsonl")
     assert code == 0
