@@ -44,7 +44,7 @@ EXTRAS = {
     "log": ["tensorboardX>=2.6"],
     "parquet": ["pyarrow>=16"],
     "int8": ["qwix>=0.1.8"],
-    "llm": ["openai>=3", "tenacity>=9.1", "json-repair>=0.50", "py3langid>=0.4"],
+    "llm": ["openai>=3", "tenacity>=9.2.1", "json-repair>=0.50", "py3langid>=0.4"],
     "ray": ["ray>=2.60"],
     "s3": ["s3fs>=2025.3"],
     "dev": [

@@ -143,10 +143,17 @@ def digest(records: Iterable[Record]) -> str:
     return found.hexdigest()
 
 
+def encodable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair: JSON's escapes can say it, UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def parse_object(text: str) -> dict[str, Any]:
-    """One JSON object; ValueError says what was found instead."""
+    """One JSON object, with texts that can be written again; ValueError says what was found instead."""
     try:
         found = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # a surrogate, mostly one of a pair
+            found = json.loads(encodable(json.dumps(found, ensure_ascii=False)))
     except json.JSONDecodeError as error:
         raise ValueError(f"expected one JSON object: {error}") from error
     if not isinstance(found, dict):

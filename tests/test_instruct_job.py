@@ -185,6 +185,7 @@ def test_an_endpoint_that_asks_for_hours_ends_the_job(header: str, told: str) ->
     ("reply", "told"),
     [
         (fault(401, "bad\n key " + 1000 * "y"), r"refuses: HTTP 401: .{,300}; check OPENAI_API_KEY$"),
+        (fault(403, "not yours"), "refuses: HTTP 403: .*not yours; check the account"),
         (fault(404, "no such model"), "no such model.*; check the address and the model's name, 'm'"),
         (fault(429, "no money", code="insufficient_quota"), "no money.*; check the account"),
     ],
@@ -206,6 +207,7 @@ def test_what_this_request_will_never_get_is_not_tried_again(reply: Reply, told:
     answer, server = ask(lambda number, asked: reply)
     assert len(server.requests) == 1
     assert (answer.error or "").startswith(told)
+    assert answer.is_refused
 
 
 def test_limits_of_requests_and_tokens_hold_back() -> None:
@@ -387,6 +389,66 @@ def test_a_job_that_got_no_answer_binds_nobody(tmp_path: Path) -> None:
         with pytest.raises(EndpointError, match="no such model"):
             instruct_job(records(), out, model="wrong", connection=connection(server))
         assert instruct_job(records(), out, model="right", connection=connection(server)).questions.total() == 6
+
+
+def many(count: int) -> list[Record]:
+    return [Record(key=str(i), video="v.mp4", captions=(f"a ball rolls {i:02d}",)) for i in range(count)]
+
+
+def test_any_number_of_refusals_stops_no_job(tmp_path: Path) -> None:
+    """Records 1 to 8 are refused, 24 requests in a row; the first run ends amid them as by a kill."""
+    out, killed = tmp_path / "out.jsonl", True
+    refusals = (fault(400, "too long"), fault(403, "flagged"), chat("", finish_reason="content_filter"))
+
+    def respond(number: int, asked: dict[str, Any]) -> Reply:
+        if killed and number == 24:
+            return fault(401, "gone")
+        is_refused = re.search(r"rolls 0[1-8]", asked["messages"][0]["content"])
+        return refusals[number % 3] if is_refused else told(asked)
+
+    with ChatServer(respond) as server:
+        options: dict[str, Any] = {"model": "m", "connection": connection(server)}
+        with pytest.raises(EndpointError, match="gone"):
+            instruct_job(many(10), out, **options)
+        killed = False
+        for _ in range(2):
+            made = instruct_job(many(10), out, **options)
+            assert (len(made.failed), made.questions.total()) == (24, 6)
+    again = [re.findall(r"rolls (\d\d)", prompt)[-1] for prompt in server.prompts()[25:55]]
+    assert again[:6] == ["08"] * 3 + ["09"] * 3, "what was never asked comes first"
+    assert again[6:27] == [f"0{i}" for i in range(1, 8) for _ in range(3)]
+    assert len(server.requests) == 25 + 27 + 24
+
+
+def test_an_endpoint_that_refuses_all_ends_the_job(tmp_path: Path) -> None:
+    with (
+        ChatServer(lambda number, asked: fault(400, "no temperature")) as server,
+        pytest.raises(EndpointError, match=r"the last 20 requests to http.*no temperature"),
+    ):
+        instruct_job(many(10), tmp_path / "out.jsonl", model="m", connection=connection(server))
+    assert len(server.requests) == 20
+
+
+def test_half_a_surrogate_pair_ends_no_job(tmp_path: Path) -> None:
+    """In a caption, in a reply as the server sends it, in JSON that a reply holds, in an error."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"key": "ball", "video": "ball.mp4", "captions": ["a \\ud83d ball \\ud83d\\ude00 rolls"]}\n')
+    replies = (
+        fault(400, "no \ud83d"),
+        chat("Q: Why does the \ud83d ball stop?\nA: It hits the wall."),
+        chat('[{"question": "What \\ud83d colour is the ball?", "answer": "green"}]'),
+    )
+    with ChatServer(lambda number, asked: replies[number]) as server:
+        options: dict[str, Any] = {"model": "m", "connection": connection(server)}
+        made = instruct_job(read_manifest(data), out, **options)
+    assert made.failed[0].error == "HTTP 400: Error code: 400 - no ?"
+    (record,) = read_manifest(out)
+    assert record.captions == ("a ? ball \U0001f600 rolls",)
+    rows = [json.loads(line) for line in (job_folder(out) / REJECTED_FILE).read_text().splitlines()]
+    assert [question.question for question in record.questions] + [row["question"] for row in rows] == [
+        "Why does the ? ball stop?",
+        "What ? colour is the ball?",
+    ]
 
 
 def test_records_of_which_nothing_is_told_are_left_out_and_told(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from absl import logging
 
+from pyvdl.data import encodable
+
 try:
     import openai
     from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
@@ -60,6 +62,7 @@ class Answer:
 
     text: str | None = None
     error: str | None = None
+    is_refused: bool = False  # the error is this request's own: others may fare better
     model: str | None = None  # as the endpoint names it
     is_cut: bool = False  # ran into max_tokens
     requests: int = 0
@@ -84,6 +87,7 @@ class Endpoint:
     max_tokens: int
     temperature: float | None  # None: the endpoint's own
     connection: Connection = field(default_factory=Connection)
+    has_answered: bool = False  # a request, now or in an earlier run: the account and the model are good
 
     async def __aenter__(self) -> Self:
         its = self.connection
@@ -128,8 +132,10 @@ class Endpoint:
         )
         try:
             await tries(self._try, answer, prompt, seed)
+            self.has_answered = True
         except (_Again, _Useless) as error:
             answer.error = _line(error)
+            answer.is_refused = isinstance(error, _Useless)
         return answer
 
     async def _try(self, answer: Answer, prompt: str, seed: int) -> None:
@@ -190,7 +196,8 @@ class Endpoint:
     def _judge(self, error: Any) -> Exception:
         """What an HTTP status means: try again, give up on this request, or on all."""
         status, told = error.status_code, f"HTTP {error.status_code}: {_line(error.message)}"
-        if status in (401, 403, 404) or error.code == "insufficient_quota":
+        # Some endpoints refuse a single prompt with 403, others an account: then none has been answered.
+        if status in (401, 404) or (status == 403 and not self.has_answered) or error.code == "insufficient_quota":
             remedy = {401: "check OPENAI_API_KEY", 404: f"check the address and the model's name, {self.model!r}"}
             return EndpointError(f"{self.url} refuses: {told}; {remedy.get(status, 'check the account')}")
         if status not in (408, 409, 429) and status < 500:
@@ -231,13 +238,13 @@ def _read(answer: Answer, found: Any) -> None:
             raise _Useless("all tokens went into thoughts: raise max_tokens")
         raise _Again("a reply without text")
     model = getattr(found, "model", None)
-    answer.text, answer.is_cut = text, reason == "length"
-    answer.model = model if isinstance(model, str) else None
+    answer.text, answer.is_cut = encodable(text), reason == "length"
+    answer.model = encodable(model) if isinstance(model, str) else None
 
 
 def _line(told: object) -> str:
     """One line that is not too long; servers answer with whole pages."""
-    return " ".join(str(told).split())[:_LONGEST_ERROR]
+    return encodable(" ".join(str(told).split())[:_LONGEST_ERROR])
 
 
 def _retry_after_seconds(headers: Any) -> float:

@@ -90,7 +90,7 @@ def instruct_job(
     its seed and for each family the model, the prompt's hash and a status. The same call again goes on where it
     stopped, and tries what failed once more; other settings, templates or records are refused with the difference.
     `language` and `connection` may change. EndpointError stops the job: the endpoint refuses, or `give_up_after`
-    requests in a row have failed.
+    requests in a row have failed; those it will not answer, but answers others, do not count.
     """
     check_language(language)
     target, folder = Path(out), job_folder(out)
@@ -121,11 +121,21 @@ def instruct_job(
         claim(folder / JOB_FILE, recipe)
         done = sum(_is_done(journal, record, prompt) for record in told for prompt in prompts(record))
         total = len(told) * len(templates)
-        todo = ((r, prompt) for r in told for prompt in prompts(r) if not _is_done(journal, r, prompt))
+        failed = {place for place, line in journal.lines.items() if line.error is not None}  # by earlier runs
+
+        def todo() -> Iterator[tuple[Record, Prompt]]:
+            for again in (False, True) if failed else (False,):  # what failed may fail again: it comes last
+                for record in told:
+                    for prompt in prompts(record):
+                        is_wanted = ((record.key, prompt.family) in failed) == again
+                        if is_wanted and not _is_done(journal, record, prompt):
+                            yield record, prompt
+
         if done < total:
-            endpoint = Endpoint(model, max_tokens, temperature, connection or Connection())
+            has_answered = len(failed) < len(journal.lines)
+            endpoint = Endpoint(model, max_tokens, temperature, connection or Connection(), has_answered)
             report = None if progress is None else lambda new: progress(done + new, total, journal.spent)
-            asyncio.run(_ask(endpoint, todo, journal, give_up_after, report))
+            asyncio.run(_ask(endpoint, todo(), journal, give_up_after, report))
 
         summary = Summary(
             records=len(told),
@@ -168,7 +178,10 @@ async def _ask(
             answer = await endpoint.ask(prompt.text, prompt.seed)
             journal.append(_line(record, prompt, answer, endpoint.model))
             done += 1
-            failures = failures + 1 if answer.error is not None else 0
+            if answer.error is None:
+                failures = 0
+            elif not (answer.is_refused and endpoint.has_answered):
+                failures += 1
             if report is not None:
                 report(done)
             if failures >= give_up_after:

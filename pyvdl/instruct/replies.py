@@ -13,6 +13,8 @@ from typing import Any
 
 import json_repair
 
+from pyvdl.data import encodable
+
 from .prompts import Pair
 
 _THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -122,8 +124,8 @@ def _asks(text: str, anywhere: bool = False) -> bool:
 
 
 def _clean(text: str) -> str:
-    """Without emphasis, quotes around it, and white space that means nothing."""
-    text = " ".join(re.sub(r"\*\*|__|`", "", text).split()).strip("*_| ")
+    """Without emphasis, quotes around it, white space that means nothing, and what cannot be written."""
+    text = " ".join(re.sub(r"\*\*|__|`", "", encodable(text)).split()).strip("*_| ")
     if len(text) > 1 and text[0] + text[-1] in {'""', "''", "“”"}:
         text = text[1:-1].strip()
     return text
