@@ -234,6 +234,13 @@ def test_what_gives_no_clip_is_told_and_the_rest_read(tmp_path: Path) -> None:
     assert told == [f"{tmp_path}/train.json: $.v_abc.timestamps[1]: no part of the video is in [5.0, 5.0], of 82.73 s"]
 
 
+def test_two_annotations_of_a_video_have_keys_of_their_own(tmp_path: Path) -> None:
+    found = records("activitynet-captions", tmp_path, {"val_1.json": ANET, "val_2.json": ANET})
+    keys = ["v_abc_0", "v_abc_1", "v_abc_2", "val_2_v_abc_0", "val_2_v_abc_1", "val_2_v_abc_2"]
+    assert [record.key for record in found] == keys
+    assert {record.group for record in found} == {"v_abc"}
+
+
 def test_a_clip_of_two_classes_is_two_records(tmp_path: Path) -> None:
     found = records("kinetics600", tmp_path, {"a.csv": KINETICS + "dancing,b,0,10,train\n"})
     assert [record.key for record in found[1:]] == ["b_000000_000010", "b_000000_000010#2"]

@@ -119,14 +119,18 @@ def read_activitynet_captions(
     annotations: Sequence[Path], videos: str, *, names: str | None = None, on_skip: OnSkip = None
 ) -> Iterator[Record]:
     """train.json, val_1.json, val_2.json: one record a segment, with its sentence; times are held within the video.
+    Keys are ID_0, ID_1, ...; of a video that an earlier file has too (val_2.json has those of val_1.json) val_2_ID_0.
 
     names may have {id} (with its "v_") and {youtube_id}.
     """
     named = Names(videos, names or "{id}.mp4", ("id", "youtube_id"))
+    seen: set[str] = set()
     for path in annotations:
         root = json_object(path)
         for name in root.value:
             entry = root.member(name)
+            stem = f"{path.stem}_{name}" if name in seen else name
+            seen.add(name)
             duration, sentences = entry.seconds("duration"), entry.value.get("sentences")
             spans = entry.spans("timestamps")
             if not isinstance(sentences, list) or len(sentences) != len(spans):
@@ -141,7 +145,7 @@ def read_activitynet_captions(
                     skip(on_skip, where, f"no part of the video is in {list(span)}, of {duration} s")
                 else:
                     yield Record(
-                        key=f"{name}_{i}",
+                        key=f"{stem}_{i}",
                         video=video,
                         start_seconds=start,
                         end_seconds=end,
