@@ -1,8 +1,9 @@
 """WebDataset tars, as video2dataset writes them: read in place as records, and written.
 
 A sample is the members of one key, which ends at the first dot of a member's name: KEY.mp4 (or another video), KEY.txt
-with its caption, KEY.json with "caption" or with fields of a manifest; other fields go to `Record.extra`. Only headers
-and texts are read; a record knows which bytes of the tar its video is.
+with its caption, KEY.json with "caption" or with fields of a manifest; other fields go to `Record.extra`, those
+that are a manifest's by name only to "foreign" in it. Only headers and texts are read; a record knows which bytes of
+the tar its video is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -25,10 +27,11 @@ from pyvdl.sources import VIDEO_SUFFIXES, is_url
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUFFIXES = " ".join(sorted(VIDEO_SUFFIXES))
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_END_BYTES = 1 << 16  # read at a time behind the end
 
 
 class DamagedArchive(ValueError):
-    """A tar that ends too early or holds what is no header.
+    """A tar that ends too early, holds what is no header, or goes on after its end.
 
     `path` names it, `offset` is the byte from which on nothing can be read, `records` are those of the samples that are
     whole: those before the last one, which may have lost a member.
@@ -56,13 +59,17 @@ def read_records(
     a folder.
 
     on_damage: is told of each damaged tar, of which the whole samples are taken; without it that is an error.
-    Raises ValueError where two records have one key, and where nothing is found.
+    Raises ValueError where two records have one key or a tar is named twice, and where nothing is found.
     """
     if not Path(path).is_dir() and Path(path).suffix != ".tar":
         return read_manifest(path)
     records: list[Record] = []
     homes: dict[str, str] = {}
-    for tar in expand(path):
+    tars = expand(path)
+    for tar, count in Counter(tars).items():
+        if count > 1:
+            raise ValueError(f"{os.fspath(path)} names {tar} {count} times: expected each tar once")
+    for tar in tars:
         try:
             found = read_archive(tar)
         except DamagedArchive as error:
@@ -191,6 +198,12 @@ def _read_samples(
         return key, (size, "the file ends without the mark of a tar's end")
     if block.strip(b"\0"):
         return key, (tar.offset, "no header of a member")
+    offset = tar.offset + tarfile.BLOCKSIZE
+    while block := file.read(_END_BYTES):  # zeros, as many as the writer's records want
+        if data := block.lstrip(b"\0"):
+            offset += len(block) - len(data)
+            return key, (offset, "more data behind the mark of the end (tars joined together?)")
+        offset += len(block)
     return key, None
 
 
@@ -221,17 +234,27 @@ def _record(path: str, key: str, sample: _Sample) -> Record:
     fields = dict(sample.fields)
     caption = fields.pop("caption", None)
     texts = [text for text in (sample.text, caption) if isinstance(text, str) and text]
-    given = fields.pop("captions", None)
-    fields |= {
-        "key": fields.get("key") or key,
-        "video": f"tar://{sample.video}::{path}",
-        "byte_range": list(sample.byte_range),
-        "captions": given if given else list(dict.fromkeys(texts)),
-    }
+    place = {"video": f"tar://{sample.video}::{path}", "byte_range": list(sample.byte_range)}
+    if fields.get("start_seconds", 0.0) is None:
+        fields["start_seconds"] = 0.0
+
+    def parse(fields: Mapping[str, Any]) -> Record:
+        told = {"key": fields.get("key") or key, "captions": fields.get("captions") or list(dict.fromkeys(texts))}
+        return parse_record({**fields, **told, **place}, "")
+
     try:
-        return parse_record(fields, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {key}.json: {error}") from error
+        return parse(fields)
+    except ValueError:  # JSON of others, with a name of ours for something else
+        good: dict[str, Any] = {}
+        foreign: dict[str, Any] = {}
+        for name in sorted(fields, reverse=True):  # start_seconds before end_seconds, which it bounds
+            try:
+                parse(good | {name: fields[name]})
+            except ValueError:
+                foreign[name] = fields[name]
+            else:
+                good[name] = fields[name]
+        return parse(good | {"foreign": foreign})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
