@@ -203,7 +203,16 @@ def read_object(data: bytes, where: object) -> dict[str, Any]:
 def refuse_another(folder: object, found: dict[str, Any], recipe: dict[str, Any]) -> None:
     """Raises ValueError with the differences between the recipe found in a folder and the one asked for."""
     recipe = json.loads(json.dumps(recipe))  # tuples become lists, as in what is read back
+    found, recipe = _flat(found), _flat(recipe)
     changed = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
     if changed:
         differences = "; ".join(f"{name} was {found.get(name)!r}, now {recipe.get(name)!r}" for name in changed)
         raise ValueError(f"{folder} holds another job ({differences}); choose another folder")
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 0}} -> {"train.seed": 0}: a difference is then told by the one setting it is in."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat

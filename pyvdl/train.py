@@ -73,12 +73,6 @@ def fit(
     """
     check_settings(model, config)
     mesh = make_mesh(config.fsdp, config.tensor)
-    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if config.batch_size // config.accumulate % rows:
-        raise ValueError(
-            f"batch_size={config.batch_size} in accumulate={config.accumulate} parts does not divide over the {rows} "
-            f"shares of {mesh.size} devices: change these, or set a larger tensor"
-        )
     graph, *_ = split(model, config.trainable)
     # Of the settings only those that the program depends on: other runs then find it compiled.
     kept = TrainConfig(
@@ -158,9 +152,16 @@ def fit(
 
 
 def check_settings(model: nnx.Module, config: TrainConfig) -> None:
-    """Raises ValueError for settings that `fit` could not run this model with."""
+    """Raises ValueError for settings that `fit` could not run this model with on the devices there are."""
     split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
+    mesh = make_mesh(config.fsdp, config.tensor)
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if config.batch_size // config.accumulate % rows:
+        raise ValueError(
+            f"batch_size={config.batch_size} in accumulate={config.accumulate} parts does not divide over the {rows} "
+            f"shares of {mesh.size} devices: change these, or set a larger tensor"
+        )
 
 
 def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from pyvdl import data, recipes
 from pyvdl.checkpoint import load_model, save_model
@@ -20,6 +21,7 @@ from pyvdl.data import Question, Record
 from pyvdl.models import save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.sharding import AXES
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, WordTokenizer
 from tests.clips import write_clip
 
@@ -142,7 +144,7 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     assert same(seen["projection"], heard["projection"])
     assert not same(seen["language"], heard["language"])
 
-    with pytest.raises(ValueError, match=r"another job.*train was"):
+    with pytest.raises(ValueError, match=r"another job \(train\.seed was 0, now 1\)"):
         recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=[*SMALL, "seed=1"])
     asked = json.loads((tmp_path / "visual" / "run.json").read_text())
     assert (asked["job"], asked["preset"]) == ("adapt visual", "toy")
@@ -231,6 +233,16 @@ def test_what_the_model_fixes_cannot_be_set_for_the_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{setting.split('=')[0]} follows from the model"):
             recipes.adapt("visual", [RECORD], tmp_path / "run", assignments=[setting])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_leaves_the_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(toy(8).visual, batch_size=4)
+    model = nnx.eval_shape(lambda: VLM(toy(8).vlm, rngs=nnx.Rngs(0)))
+    mesh = AbstractMesh((8, 1, 1), AXES)
+    monkeypatch.setattr("pyvdl.train.make_mesh", lambda fsdp, tensor: mesh)
+    with pytest.raises(ValueError, match="batch_size=4 in accumulate=1 parts does not divide over the 8 shares"):
+        recipes._run(model, WORDS, recipes.vlm_loss, [RECORD], dict, config, tmp_path, {"job": "adapt"}, 1.0)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_cannot_run_leave_the_folder_free(tmp_path: Path) -> None:

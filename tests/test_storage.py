@@ -72,6 +72,12 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "run.json", {"seed": 4, "sizes": (1, 2)})
 
 
+def test_a_difference_is_told_by_its_setting(tmp_path: Path) -> None:
+    claim(tmp_path / "run.json", {"train": {"batch_size": 4, "optim": {"name": "sgd"}}})
+    with pytest.raises(ValueError, match=r"another job \(train\.batch_size was 4, now 8\); choose"):
+        claim(tmp_path / "run.json", {"train": {"batch_size": 8, "optim": {"name": "sgd"}}})
+
+
 def test_a_folder_holds_one_job_at_a_time(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
     folder.make()
