@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pyvdl import kernels
@@ -175,15 +174,41 @@ def put(x: Array, sharding: NamedSharding, *, copy: bool = True) -> Array:
 def host_pieces(x: Array) -> Iterator[np.ndarray]:
     """Yields the rows of `x` for this process to read, several at a time where other processes have parts of it.
 
-    No device then holds more than _PIECE_BYTES of it beside its own part. All processes must ask together.
+    No device then holds more than _PIECE_BYTES of it, or one row, beside its own part. All processes must ask together.
     """
     if x.is_fully_addressable or x.is_fully_replicated:
         yield np.asarray(x)
-        return
-    rows = max(1, _PIECE_BYTES * len(x) // x.nbytes)
-    for first in range(0, len(x), rows):
-        piece = jax.lax.dynamic_slice_in_dim(x, first, min(rows, len(x) - first))
-        yield multihost_utils.process_allgather(piece, tiled=True)
+    else:
+        yield from map(np.asarray, _pieces(x, _PIECE_BYTES))
+
+
+def _pieces(x: Array, most_bytes: int) -> Iterator[Array]:
+    """The rows of `x`, which stands on a mesh, in order, several at a time and whole on every device."""
+    own = x.sharding.shard_shape(x.shape)[0]
+    rows = max(1, min(own, most_bytes * len(x) // x.nbytes))
+    for begin in range(0, len(x), own):
+        for first in range(begin, begin + own, rows):
+            yield _piece(x, first, min(rows, begin + own - first), x.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _piece(x: Array, first: Array, rows: int, sharding: NamedSharding) -> Array:
+    """Rows of `x` that one device's part has all of: it sends them. XLA's partitioner would gather x for a slice."""
+    axes = next(iter(sharding.spec), None) or ()
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+
+    def found(own: Array, first: Array) -> Array:
+        at = first - len(own) * jax.lax.axis_index(axes) if axes else first
+        piece = jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(own, at, rows), bits)
+        # A sum of bits, not of numbers: -0.0 and NaN stay what they are.
+        return jax.lax.psum(jnp.where((at >= 0) & (at < len(own)), piece, 0), axes) if axes else piece
+
+    mesh, rest = sharding.mesh, sharding.spec[1:]
+    piece = jax.shard_map(
+        found, mesh=mesh, in_specs=(sharding.spec, PartitionSpec()), out_specs=PartitionSpec(None, *rest)
+    )(x, first)
+    piece = jax.lax.with_sharding_constraint(piece, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.bitcast_convert_type(piece, x.dtype)
 
 
 # --- what XLA's partitioner cannot split

@@ -309,3 +309,34 @@ print("done")
 def test_a_model_stands_split_from_the_start(tmp_path: Path) -> None:
     """New ones, saved ones and public ones: no device ever holds more than its part; the numbers are the same."""
     assert run_on(8, START, str(tmp_path)) == "done"
+
+
+PIECES = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pyvdl.sharding import _piece, _pieces, make_mesh
+
+mesh = make_mesh(fsdp=2, tensor=2)
+x = np.random.default_rng(0).normal(size=(4096, 32)).astype(np.float32)
+x[0, 0], x[-1, -1] = -0.0, np.nan
+found = {}
+for spec in (P("tensor", "fsdp"), P(("data", "fsdp")), P(None, "tensor"), P("data", None)):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        whole = x.astype(dtype)
+        y = jax.device_put(whole, NamedSharding(mesh, spec))
+        pieces = [np.asarray(piece) for piece in _pieces(y, 12_000)]
+        same = np.concatenate(pieces).tobytes() == whole.tobytes()
+        used = _piece.lower(y, 0, len(pieces[0]), y.sharding).compile().memory_analysis()
+        held = used.temp_size_in_bytes + used.output_size_in_bytes
+        found[f"{spec} {whole.dtype}"] = same, len(pieces), max(piece.nbytes for piece in pieces), held
+print(json.dumps(found))
+"""
+
+
+def test_pieces_of_a_split_array_are_its_rows_and_no_device_gathers_it() -> None:
+    for name, (same, count, largest, held) in json.loads(run_on(8, PIECES)).items():
+        assert same, name
+        assert count > 8, name
+        assert largest <= 12_000, name
+        assert held < 60_000, name  # bytes on a device, of 262,144 or more in all
