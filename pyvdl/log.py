@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -66,6 +67,7 @@ class Log:
         self._pending: list[dict[str, jax.Array]] = []
         self._records: list[Any] = []  # of the pending steps
         self._skip = config.skip_nonfinite
+        self._log_every = config.log_every
         self._bad_in_a_row = 0
         self._timed_steps = 0
         self._compile_seconds = 0.0
@@ -163,6 +165,12 @@ class Log:
                     self._events.add_scalar(name, value, step)
             self._events.flush()
         return line
+
+    def recent_loss(self) -> float | None:
+        """Mean of the newest `log_every` finite losses, those of earlier runs too; None before there are as many."""
+        losses = (loss for line in reversed(self._lines) for loss in reversed(line["losses"]) if loss is not None)
+        newest = list(itertools.islice(losses, self._log_every))
+        return float(np.mean(newest)) if len(newest) == self._log_every else None
 
     def history(self) -> History:
         steps = [line["step"] - len(line["losses"]) + 1 + i for line in self._lines for i in range(len(line["losses"]))]

@@ -141,7 +141,7 @@ def fit(
                 bar.note(sentence(line))
             if saving and checkpointer is not None:
                 model_state = nnx.merge_state(params, frozen, rest)
-                checkpointer.save(step, model_state, opt_state, data_state, loss=line["loss"])
+                checkpointer.save(step, model_state, opt_state, data_state, loss=log.recent_loss())
             if stopping and checkpointer is not None:
                 checkpointer.wait()
                 bar.note(f"stopped by SIGTERM, saved step {step}")

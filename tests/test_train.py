@@ -25,6 +25,7 @@ from flax import nnx
 from tensorboardX.proto import event_pb2
 
 from pyvdl import kernels
+from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
@@ -319,9 +320,25 @@ def test_a_finished_run_is_not_run_again(uninterrupted: tuple[History, dict[str,
     assert history.losses.tobytes() == uninterrupted[0].losses.tobytes()
     assert all(np.array_equal(params[name], value) for name, value in uninterrupted[1].items())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines if line["step"] in (5, 10, 12)}
+    every = [loss for line in lines for loss in line["losses"]]
+    losses = {step: np.mean(every[step - 4 : step]) for step in (5, 10, 12)}
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {10, 12, min(losses, key=lambda step: losses[step])}, "the newest two, and the best"
+
+
+def test_checkpoints_compete_by_as_many_losses_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[float | None] = []
+    save = Checkpointer.save
+
+    def told(self: Checkpointer, *arguments: Any, loss: float | None) -> None:
+        handed.append(loss)
+        save(self, *arguments, loss=loss)
+
+    monkeypatch.setattr(Checkpointer, "save", told)
+    config = dataclasses.replace(CONFIG, checkpoint_every=3)
+    history, _ = run(tmp_path, config)
+    means = [float(np.mean(history.losses[step - 4 : step])) for step in (6, 9, 12)]
+    assert handed == [None, *map(pytest.approx, means)]  # no four losses at step 3; lines at 4, 6, 8, 9
 
 
 def test_another_run_in_the_same_workdir_is_refused(tmp_path: Path) -> None:
