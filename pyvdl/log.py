@@ -236,8 +236,6 @@ def sentence(line: dict[str, Any]) -> str:
 
 def _events(folder: Path, first: int) -> Any:
     """The writer of TensorBoard's events; those after step `first` are about to be written again."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard=True needs the package tensorboardX: pip install 'pyvdl[log]'") from error
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first + 1)

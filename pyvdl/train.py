@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -152,7 +153,13 @@ def fit(
 
 
 def check_settings(model: nnx.Module, config: TrainConfig) -> None:
-    """Raises ValueError for settings that `fit` could not run this model with on the devices there are."""
+    """Raises ValueError for settings that `fit` could not run this model with on the devices there are.
+
+    ImportError where what they need is not installed: in every process, though process 0 alone writes the events. The
+    others would wait for it.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ImportError("tensorboard=True needs the package tensorboardX: pip install 'pyvdl[log]'")
     split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
     mesh = make_mesh(config.fsdp, config.tensor)

@@ -30,7 +30,7 @@ from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
 from pyvdl.sharding import put_batch
-from pyvdl.train import History, contrastive_loss_fn, fit, vlm_loss
+from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 CONFIG = TrainConfig(
     steps=12,
@@ -288,6 +288,10 @@ def test_tensorboard_gets_what_the_lines_tell(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"pip install 'pyvdl\[log\]'"):
         run(tmp_path / "without", config)
+    assert not (tmp_path / "without").exists()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # one that writes no events
+    with pytest.raises(ImportError, match=r"pip install 'pyvdl\[log\]'"):
+        check_settings(Model(rngs=nnx.Rngs(0)), config)
 
 
 def test_a_damaged_history_is_named(tmp_path: Path) -> None:
