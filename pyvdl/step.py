@@ -27,7 +27,9 @@ from pyvdl.sharding import optimizer_shardings, place, put, replicated, split_ro
 Batch = dict[str, Array]
 Scalars = dict[str, Array]
 LossFunction = Callable[[Any, Batch], tuple[Array, Scalars]]
-WEIGHT = "weight"  # the scalar of a loss that tells how much of a larger batch's mean it is; without it, its rows
+# The scalar of a loss that tells how much of a larger batch's means it and its other scalars are; without it, its rows.
+WEIGHT = "weight"
+FAILED_SHARE = "failed_share"  # the scalar that is a mean over rows, whatever the weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +203,13 @@ def _whole(parts: Any) -> Any:
 def _summed(
     model_of: Callable[[Any], Any], loss_fn: LossFunction, params: Any, batch: Batch, count: int
 ) -> tuple[Array, Scalars, Any]:
-    """Loss and gradient of the whole batch, by parts: means weighted by the losses' WEIGHT. Scalars: of all parts."""
+    """Loss and gradient of the whole batch, by parts: means weighted by the losses' WEIGHT, its scalars too."""
 
     def gradient(batch: Batch) -> tuple[Array, Scalars, Array, Any]:
         objective = functools.partial(_objective, model_of, loss_fn)
         (loss, (scalars, _)), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
         weight = scalars.pop(WEIGHT, jnp.float32(1))
+        scalars = {name: x if name == FAILED_SHARE else x * weight for name, x in scalars.items()}
         return loss * weight, scalars, weight, jax.tree.map(lambda g: (g * weight).astype(jnp.float32), gradients)
 
     def part(total: Any, batch: Batch) -> tuple[Any, None]:
@@ -218,7 +221,8 @@ def _summed(
     (loss, scalars, weight, gradients), _ = jax.lax.scan(part, zeros, parts)
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # a batch without any token teaches nothing
     gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradients, params)
-    return loss / weight, jax.tree.map(lambda x: x / count, scalars), gradients
+    scalars = {name: x / (count if name == FAILED_SHARE else weight) for name, x in scalars.items()}
+    return loss / weight, scalars, gradients
 
 
 def _cached(

@@ -30,7 +30,7 @@ from pyvdl.log import History, Log, sentence
 from pyvdl.optim import make_optimizer
 from pyvdl.progress import Progress
 from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put, put_batch, replicated
-from pyvdl.step import WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
+from pyvdl.step import FAILED_SHARE, WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
 from pyvdl.text import PAD_ID
 
 _HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
@@ -184,7 +184,7 @@ def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     count = jnp.maximum(tokens, 1.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
     correct = (jnp.argmax(logits, axis=-1) == target) * weights
-    scalars = {"token_accuracy": correct.sum() / count, "failed_share": _failed_share(ok), WEIGHT: tokens}
+    scalars = {"token_accuracy": correct.sum() / count, FAILED_SHARE: _failed_share(ok), WEIGHT: tokens}
     return (losses * weights).sum() / count, scalars
 
 
@@ -203,7 +203,7 @@ def _compare_pairs(rows: Any, numbers: Any, batch: Batch) -> tuple[jax.Array, di
     if bias is not None:
         loss -= (1 - share) * nnx.softplus(-bias)  # of a row set aside with itself: the logit is the bias
     loss = loss / jnp.maximum(share, 1.0 / len(ok))  # the kernel's mean counts the rows set aside, each with loss 0
-    return loss, {"scale": scale, "failed_share": _failed_share(ok)}
+    return loss, {"scale": scale, FAILED_SHARE: _failed_share(ok)}
 
 
 # Contrastive loss of a dual encoder, softmax or sigmoid as it is made, averaged over the clips that are ok.

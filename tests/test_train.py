@@ -29,7 +29,8 @@ from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
-from pyvdl.sharding import put_batch
+from pyvdl.sharding import make_mesh, put_batch
+from pyvdl.step import begin, make_step, split
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 CONFIG = TrainConfig(
@@ -222,6 +223,33 @@ def test_parts_must_divide_over_the_devices() -> None:
         patch.setattr("pyvdl.train.make_mesh", lambda fsdp, tensor: Eight())
         with pytest.raises(ValueError, match="batch_size=16 in accumulate=4 parts does not divide over the 8 shares"):
             fit(Model(rngs=nnx.Rngs(0)), square_loss, Source(), config, progress=False)
+
+
+def test_scalars_of_parts_are_those_of_the_whole_batch() -> None:
+    class Scores(nnx.Module):
+        def __init__(self) -> None:
+            self.vision = nnx.Param(jnp.eye(6))
+
+        def __call__(self, video: Any, prompt: jax.Array, target: jax.Array) -> jax.Array:
+            return jax.nn.one_hot(prompt, 6) @ self.vision[...]
+
+    batch = {  # the first row, a part of its own, has one token and that right; the second three of which none is
+        "prompt": jnp.array([[1, 1, 1], [2, 2, 2], [1, 1, 1], [3, 4, 5]]),
+        "target": jnp.array([[1, 0, 0], [3, 4, 5], [1, 1, 1], [3, 4, 5]]),
+        "ok": jnp.array([True, True, False, True]),
+    }
+    mesh = make_mesh()
+    found = []
+    for accumulate in (1, 2, 4):
+        config = dataclasses.replace(CONFIG, batch_size=4, accumulate=accumulate)
+        model = Scores()
+        graph, *_ = split(model, config.trainable)
+        with jax.set_mesh(mesh):
+            *_, scalars = make_step(graph, vlm_loss, config, mesh)(*begin(model, config, mesh), batch)
+        found.append({name: float(x) for name, x in scalars.items()})
+    assert (found[0]["token_accuracy"], found[0]["failed_share"]) == (pytest.approx(4 / 7), 0.25)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_parts_of_a_batch_are_refused_where_a_model_has_random_state() -> None:
