@@ -115,6 +115,13 @@ class Checkpointer:
         )
         return _unflatten(restored.model, model_state), _unflatten(restored.optimizer, opt_state), restored.data
 
+    def restore_model(self, step: int, model_state: Any) -> Any:
+        """Returns the model's part of what `restore` does."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(model_state)))
+        )
+        return _unflatten(restored.model, model_state)
+
     def wait(self) -> None:
         """Returns when every checkpoint begun is whole on disk; raises what its writing raised."""
         self._manager.wait_until_finished()

@@ -1,6 +1,7 @@
 """The method's trainings as functions from a manifest to a folder: two stages of the VLM, then the dual encoder.
 
-Each writes `out/run.json` (every setting, as it was resolved), its checkpoints and metrics, and at the end `out/model`.
+Each writes `out/run.json` (every setting, as it was resolved), its checkpoints and metrics, and at the end `out/model`;
+beside it `out/best` where a checkpoint before the last one had the lowest loss.
 The same call again goes on where the last one stopped; another call on the same folder is refused with the difference.
 """
 
@@ -22,7 +23,7 @@ from flax import nnx
 import pyvdl
 from pyvdl import config as settings
 from pyvdl.caption import encode_prompts, model_digest
-from pyvdl.checkpoint import load_model, save_model
+from pyvdl.checkpoint import Checkpointer, load_model, save_model
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record, digest
 from pyvdl.flops import training_flops
@@ -295,6 +296,11 @@ def _run(
             key_of=lambda number: records[number].key,
         )
     save_model(out / "model", model, model.config, tokenizer)
+    with Checkpointer(out, config.keep_checkpoints) as checkpointer:
+        best = checkpointer.best_step
+        if best is not None and best != config.steps:
+            nnx.update(model, checkpointer.restore_model(best, nnx.state(model)))
+            save_model(out / "best", model, model.config, tokenizer)
     return history
 
 

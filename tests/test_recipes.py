@@ -136,6 +136,7 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     assert not same(start["vision"], seen["vision"])
     assert not same(start["projection"], seen["projection"])
     assert same(start["language"], seen["language"])
+    assert not (tmp_path / "visual" / "best").exists()  # no other checkpoint than the last
     assert load_model(tmp_path / "visual" / "model")[1].digest() == WORDS.digest()
 
     recipes.adapt("language", records, tmp_path / "language", start=tmp_path / "visual" / "model", assignments=SMALL)
@@ -159,6 +160,22 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=again)
     last = json.loads((tmp_path / "visual" / "run.json").read_text())
     assert last == asked | {"how": asked["how"] | {"log_every": 2, "num_threads": 1}}
+
+
+def test_the_best_model_is_saved_beside_the_last(
+    records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(toy(WORDS.vocab_size).vlm, SMALL_VLM)
+    save_model(tmp_path / "start", VLM(config, rngs=nnx.Rngs(0)), config, WORDS)
+    often = [*SMALL, "checkpoint_every=1"]
+    losses = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr("pyvdl.log.Log.recent_loss", lambda log: next(losses))
+    recipes.adapt("visual", records, tmp_path / "run", start=tmp_path / "start", assignments=often)
+    best, last = (parts(tmp_path / "run" / name) for name in ("best", "model"))
+    start = parts(tmp_path / "start")
+    assert same(best["language"], start["language"])
+    assert not same(best["vision"], last["vision"])
+    assert not same(best["vision"], start["vision"])
 
 
 def test_prompt_tuning_moves_a_soft_prompt_only(records: list[Record], tmp_path: Path) -> None:
