@@ -29,6 +29,7 @@ from pyvdl.flops import caption_flops, training_flops
 from pyvdl.generate import bucket, generate
 from pyvdl.models import VLM, DualEncoder
 from pyvdl.plan import CHIPS, Chip, Request, captioning_tensor, parse_topology, resolve, suitable_mesh
+from pyvdl.recipes import text_lengths
 from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
 from pyvdl.step import make_step, placed, shapes, split
 
@@ -67,8 +68,7 @@ def training(request: Request) -> dict[str, Any]:
         loss: Any = train.contrastive_loss_fn
         flops = training_flops(shape, run.trainable, batch)
     else:
-        prompt = sizes.prompt_length
-        target = sizes.caption_length if request.recipe == "visual" else sizes.target_length
+        prompt, target = text_lengths("visual" if request.recipe == "visual" else "language", sizes)
         arrays |= {"prompt": ((batch, prompt), np.int32), "target": ((batch, target), np.int32)}
         loss = train.vlm_loss
         flops = training_flops(shape, run.trainable, batch, prompt, target)

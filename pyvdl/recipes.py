@@ -99,6 +99,14 @@ def one_text(tokenizer: Tokenizer, records: Sequence[Record], *, length: int) ->
     return encode
 
 
+def text_lengths(stage: Stage, sizes: Preset, tokenizer: Tokenizer | None = None) -> tuple[int, int]:
+    """Tokens of a prompt and of a target as `adapt` pads them; without a tokenizer, by the one of a new model."""
+    if stage != "visual":
+        return sizes.prompt_length, sizes.target_length
+    tokenizer = tokenizer or WordTokenizer.from_texts([CAPTION_PROMPT])
+    return encode_prompts(tokenizer, [CAPTION_PROMPT]).shape[1], sizes.caption_length
+
+
 def model_clip(config: VLMConfig | DualEncoderConfig, clip: ClipConfig | None = None) -> ClipConfig:
     """`clip` with the frames and pixels this model reads; the short side stays as much larger than the crop."""
     clip = clip or ClipConfig()
@@ -165,12 +173,11 @@ def adapt(
     if stage == "prompt":
         model = with_soft_prompt(model, SOFT_PROMPT, rngs=nnx.Rngs(config.seed))
         config = dataclasses.replace(config, trainable=("soft_prompt",))
+    prompt, target = text_lengths(stage, sizes, tokenizer)
     encode: Encode
     if stage == "visual":
-        prompt, target = encode_prompts(tokenizer, [CAPTION_PROMPT]).shape[1], sizes.caption_length
         encode = short_captions(tokenizer, target_length=target)
     else:
-        prompt, target = sizes.prompt_length, sizes.target_length
         encode = instructions(tokenizer, prompt_length=prompt, target_length=target)
     asked = _asked(f"adapt {stage}", preset, start, model, tokenizer)
     flops = training_flops(model.config, config.trainable, config.batch_size, prompt, target)

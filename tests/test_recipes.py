@@ -59,6 +59,15 @@ def test_the_visual_stage_sees_the_task_prompt_and_any_caption() -> None:
     assert arrays["target"].shape == (6,)
 
 
+def test_the_lengths_of_a_plan_are_those_of_the_data() -> None:
+    sizes = toy(WORDS.vocab_size)
+    encode = recipes.short_captions(WORDS, target_length=sizes.caption_length)
+    arrays = encode(RECORD, np.random.default_rng(0))
+    wanted = len(arrays["prompt"]), len(arrays["target"])
+    assert recipes.text_lengths("visual", sizes, WORDS) == recipes.text_lengths("visual", sizes) == wanted
+    assert recipes.text_lengths("language", sizes) == (sizes.prompt_length, sizes.target_length)
+
+
 def test_the_language_stage_sees_questions_captions_and_the_description() -> None:
     encode = recipes.instructions(WORDS, prompt_length=10, target_length=8)
     assert drawn(encode, RECORD, "prompt", "target") == {
