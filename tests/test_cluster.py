@@ -53,7 +53,7 @@ def whole(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The folder of a job on this process's devices."""
     out = tmp_path_factory.mktemp("whole")
     done = caption_job(tiny_vlm(WORDS), WORDS, records, out, shard_size=SHARD, **DRAWING)
-    assert done == JobSummary(rows=FILES * EACH, failed=EACH, shards=9, shards_skipped=0)
+    assert done == JobSummary(rows=FILES * EACH, failed=EACH, dropped={}, shards=9, shards_skipped=0)
     return out
 
 

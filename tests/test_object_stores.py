@@ -113,14 +113,14 @@ def test_a_job_in_memory(model: VLM, folder: Path, wanted: dict[str, CaptionRow]
         line["video"] = str(folder / line["video"])
     Folder(store).write("some.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     done = job(model, [f"{store}/some.jsonl", folder / "others.tar"], f"{store}/out")
-    assert done == JobSummary(rows=NUM_CLIPS, failed=0, shards=3, shards_skipped=0)
+    assert done == JobSummary(rows=NUM_CLIPS, failed=0, dropped={}, shards=3, shards_skipped=0)
     compare({row.key: row for row in read_captions(f"{store}/out")}, wanted)
 
 
 def test_a_job_on_s3_goes_on(model: VLM, bucket: str, wanted: dict[str, CaptionRow]) -> None:
     out = Folder(f"{bucket}/out")
     inputs = [f"{bucket}/in/some.jsonl", f"{bucket}/in/others.tar"]
-    assert job(model, inputs, out.name) == JobSummary(rows=NUM_CLIPS, failed=0, shards=3, shards_skipped=0)
+    assert job(model, inputs, out.name) == JobSummary(rows=NUM_CLIPS, failed=0, dropped={}, shards=3, shards_skipped=0)
     rows = list(read_captions(out.name))
     compare({row.key: row for row in rows}, wanted)
     assert {row.video.partition("s3://")[2].split("/")[0] for row in rows} == {"clips"}
