@@ -71,8 +71,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=[
-        *("pyvdl", "pyvdl.datasets", "pyvdl.instruct", "pyvdl.metrics", "pyvdl.models", "pyvdl.synthetic"),
-        "pyvdl.kernels",
+        "pyvdl",
+        *(
+            f"pyvdl.{name}"
+            for name in ("commands", "datasets", "instruct", "kernels", "metrics", "models", "synthetic")
+        ),
     ],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},
     package_data={"pyvdl": ["py.typed", "*.j2"], "pyvdl.instruct": ["prompts.toml"]},

@@ -18,7 +18,7 @@ import pytest
 
 import pyvdl
 from pyvdl.__main__ import main
-from pyvdl.commands import _print_training
+from pyvdl.commands.training import _print_training
 from pyvdl.data import read_manifest
 from pyvdl.rows import read_captions
 from tests.clips import write_clip

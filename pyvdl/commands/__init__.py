@@ -1,0 +1,26 @@
+"""What each verb of the command line does; `__main__` reads the arguments and tells failures.
+
+What a command needs is imported inside it, so that help and mistakes answer at once.
+"""
+
+from pyvdl.commands.captioning import caption, stats, status
+from pyvdl.commands.common import UsageError
+from pyvdl.commands.data import MODEL_ONLY, instruct, prepare, probe
+from pyvdl.commands.measuring import embed, evaluate
+from pyvdl.commands.training import adapt, plan, train
+
+__all__ = [
+    "MODEL_ONLY",
+    "UsageError",
+    "adapt",
+    "caption",
+    "embed",
+    "evaluate",
+    "instruct",
+    "plan",
+    "prepare",
+    "probe",
+    "stats",
+    "status",
+    "train",
+]

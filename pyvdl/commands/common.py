@@ -1,0 +1,131 @@
+"""What the commands share: where they write, what they read, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyvdl.config import ClipConfig
+    from pyvdl.data import Record
+    from pyvdl.manifests import Input
+    from pyvdl.models.dual_encoder import DualEncoder
+    from pyvdl.models.vlm import VLM
+    from pyvdl.models.weights import Place
+    from pyvdl.tokenizers import Tokenizer
+
+
+class UsageError(Exception):
+    """The command cannot be meant so: exit code 2."""
+
+
+def make_way(out: Path, option: str = "--out") -> None:
+    """Makes the folder of the file to write, or fails, before the work whose result would be lost."""
+    if out.is_dir():
+        raise UsageError(f"{option} {out} is a folder: name a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as they need, numbers to the right, the last column free."""
+
+    def show(value: Any) -> str:
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
+    for line in [list(header), *cells]:
+        parts = [
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, numeric, strict=True)
+        ]
+        print("  ".join(parts).rstrip())
+
+
+def named_input(paths: Sequence[str], **cutting: Any) -> Input:
+    """The clips that `paths` list; of a damaged tar those that are whole, and once what is wrong with it."""
+    from pyvdl.manifests import Input
+
+    told: set[str] = set()
+
+    def tell(error: Exception) -> None:
+        if str(error) not in told:
+            print(f"left out of the data: {error}", file=sys.stderr)
+            told.add(str(error))
+
+    return Input(paths, tell, **cutting)
+
+
+def read_all(path: Path) -> list[Record]:
+    """The records of a manifest, or of tars: those of a damaged one that are whole, and what is wrong with it."""
+    from pyvdl.archives import read_records
+
+    return read_records(path, on_damage=lambda error: print(f"left out of the data: {error}", file=sys.stderr))
+
+
+def asked_input(arguments: argparse.Namespace, **cutting: Any) -> Input:
+    paths = [*arguments.videos, *arguments.more_videos]
+    if not paths:
+        raise UsageError("no videos: name files, folders or manifests")
+    return named_input(paths, **cutting)
+
+
+def listed(records: Iterable[Record]) -> list[Record]:
+    """All of them at once; a key stands for one clip in what is written, so none may come twice."""
+    found = list(records)
+    seen: set[str] = set()
+    for record in found:
+        if record.key in seen:
+            raise UsageError(f"key {record.key!r} is named twice by the paths given: name each clip once")
+        seen.add(record.key)
+    return found
+
+
+def load_asked(arguments: argparse.Namespace, place: Place | None = None) -> tuple[VLM | DualEncoder, Tokenizer]:
+    from pyvdl.checkpoint import load_model
+
+    path = arguments.model
+    if not path.exists():
+        raise ValueError(
+            f"no saved model in {path}: name one with --model (`make demo` leaves one in demo/language/model)"
+        )
+    finish = finisher(arguments)
+    model, tokenizer = load_model(path, place=place)
+    finish(model)
+    return model, tokenizer
+
+
+def finisher(arguments: argparse.Namespace) -> Callable[[VLM | DualEncoder], None]:
+    """What is done to a model once it is read; asked for before, so that a missing package is told at once."""
+    if not arguments.int8:
+        return lambda model: None
+    from pyvdl.quantize import quantize
+
+    return quantize
+
+
+def sampled(arguments: argparse.Namespace, clip: ClipConfig) -> ClipConfig:
+    import dataclasses
+
+    return dataclasses.replace(clip, sampling=arguments.sampling)
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"batch_size": arguments.batch_size, "num_threads": arguments.num_threads}
+
+
+def cutting_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long clips are cut, as `Input` takes it."""
+    from pyvdl.shots import Shots
+
+    if arguments.cut == "windows":
+        return {"window_seconds": arguments.window_seconds}
+    shots = Shots(
+        min_seconds=arguments.min_shot_seconds,
+        num_threads=arguments.num_threads,
+        timeout_seconds=arguments.timeout_seconds,
+    )
+    return {"window_seconds": arguments.window_seconds, "shots": shots}
