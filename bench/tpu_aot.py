@@ -94,8 +94,8 @@ def _grouped() -> Iterator[Case]:
                 for what in ("fwd", "fwd+bwd"):
                     name = f"{mode} {what} {frames}x256+{class_tokens}"
                     arguments = f"{mode},{what},{frames},256,{class_tokens},64"
-                    yield Case(f"{name} pyvdl", f"bench.tpu_ops:attention({arguments})")
-                    yield Case(f"{name} pyvdl xla", f"bench.tpu_ops:attention({arguments},xla)", "model")
+                    yield Case(f"{name} pyvdl", f"bench.tpu_ops:attention({arguments},rows=8)")
+                    yield Case(f"{name} pyvdl xla", f"bench.tpu_ops:attention({arguments},xla,rows=8)", "model")
 
 
 def _language() -> Iterator[Case]:

@@ -45,8 +45,11 @@ def whole_attention(
     heads: int,
     pairs: int,
     products: tuple[Product, ...],
+    rows: int = 1,
 ) -> Program:
-    """A core as a whole op on bfloat16[BATCH, tokens, HEADS * head_dim]; simulated is one row with `heads` heads.
+    """A core as a whole op on bfloat16[BATCH, tokens, HEADS * head_dim]; simulated are `rows` with `heads` heads.
+
+    What a call pays once, the first fetch and the last write, counts for each slice: short kernels want more rows.
 
     pairs: of a query and a key, of one head of one row.
     """
@@ -69,8 +72,8 @@ def whole_attention(
 
     return Program(
         fn=op if forward else both,
-        args=args(1, heads),
-        scale=BATCH * HEADS / heads,
+        args=args(rows, heads),
+        scale=BATCH * HEADS / heads / rows,
         whole_args=args(BATCH, HEADS),
         flops=(4 if forward else 14) * BATCH * HEADS * pairs * head_dim,
         products=products,
@@ -87,6 +90,7 @@ def attention(
     head_dim: int,
     implementation: str = "pallas_tpu",
     heads: int = HEADS,
+    rows: int = 1,
 ) -> Program:
     """pyvdl.kernels.space_time_attention."""
     from pyvdl.kernels import space_time_attention
@@ -108,7 +112,7 @@ def attention(
         # Products of a few rows and columns need no MXU: only the bytes are a bound.
         pairs = patches * frames * (frames + class_tokens) + class_tokens * tokens
         products = ()
-    return whole_attention(core, what, tokens, head_dim, heads=heads, pairs=pairs, products=products)
+    return whole_attention(core, what, tokens, head_dim, heads=heads, pairs=pairs, products=products, rows=rows)
 
 
 def language(what: str, tokens: int, head_dim: int, implementation: str = "pallas_tpu") -> Program:
