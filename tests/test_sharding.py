@@ -239,15 +239,15 @@ class Peak:
         self.thread.join()
         self.look()
 
-def check(model, dtype, peak, times=1.0):
+def check(model, dtype, peak, moved=0):
     params = jax.tree.leaves(nnx.state(model, nnx.Param))
     whole = sum(x.nbytes for x in params)
     assert all(x.dtype == dtype for x in params)
     for x in params:
         if x.nbytes > whole / 50:  # a large matrix
             assert {shard.data.nbytes for shard in x.addressable_shards} == {x.nbytes // 8}, x.shape
-    share = times * whole / 8
-    assert share * 0.9 < peak.bytes < share * 1.3, (share, peak.bytes)
+    share = whole / 8
+    assert share * 0.9 < peak.bytes < share * 2 + moved, (share, peak.bytes)  # a whole matrix would be more
 
 def same(model, wanted, dtype):
     wanted = dict(nnx.to_flat_state(nnx.state(wanted, nnx.Param)))
@@ -280,7 +280,8 @@ mesh = make_mesh(4, 2)
 config = TrainConfig(optim=OptimConfig(name="sgd", b1=0.0, warmup_steps=1), fsdp=4, tensor=2)
 with Peak() as peak:
     begin(eager, config, mesh)
-check(eager, jnp.float32, peak)
+# The device that had it all cuts one array after the other into the parts of all.
+check(eager, jnp.float32, peak, moved=eager.text.embedding.get_value().nbytes)
 same(eager, new, jnp.float32)
 before = [x.unsafe_buffer_pointer() for leaf in jax.tree.leaves(nnx.state(new, nnx.Param))
           for x in (s.data for s in leaf.addressable_shards)]
