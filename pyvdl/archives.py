@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyvdl.data import Record, parse_object, parse_record, read_manifest
-from pyvdl.sources import VIDEO_SUFFIXES, is_url
+from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUFFIXES = " ".join(sorted(VIDEO_SUFFIXES))
@@ -137,7 +137,7 @@ def read_archive(path: str | os.PathLike[str]) -> list[Record]:
     """
     name = os.fspath(path)
     samples: dict[str, _Sample] = {}
-    with _open(name) as file:
+    with open_binary(name) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         last, damage = _read_samples(name, file, size, samples)
@@ -156,15 +156,6 @@ def read_archive(path: str | os.PathLike[str]) -> list[Record]:
     if damage is not None:
         raise DamagedArchive(name, *damage, records)
     return records
-
-
-def _open(path: str) -> IO[bytes]:
-    if not is_url(path):
-        return open(path, "rb")
-    import fsspec
-
-    file: IO[bytes] = fsspec.open(path, "rb").open()
-    return file
 
 
 def _read_samples(

@@ -120,9 +120,10 @@ class Job:
     def work(self, shard: int) -> list[Record]:
         """The clips of a shard."""
         name = _work_name(shard, self.shards)
-        data = (self.folder / "work").read(name)
+        lists = self.folder / "work"
+        data = lists.read(name)
         if _digest(data) != self.digests[shard]:
-            raise ValueError(f"{self.folder.name}/work/{name} is not what the job wrote: restore it, or begin anew")
+            raise ValueError(f"{lists.name}/{name} is not what the job wrote: restore it, or begin anew")
         return [_record(line) for line in data.splitlines()]
 
     def missing(self) -> list[int]:

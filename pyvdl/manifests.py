@@ -21,7 +21,7 @@ from pyvdl.archives import DamagedArchive, expand, read_archive
 from pyvdl.data import Record, parse_object, parse_record
 from pyvdl.decoder_process import measure_seconds
 from pyvdl.shots import Shots, cut_at_shots
-from pyvdl.sources import VIDEO_SUFFIXES, is_url
+from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary
 
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 _NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
@@ -80,7 +80,7 @@ class Input:
             suffix = os.path.splitext(file)[1].lower()
             digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
             if suffix in MANIFESTS:
-                with _open(file) as manifest:
+                with open_binary(file) as manifest:
                     while chunk := manifest.read(_CHUNK_BYTES):
                         digest.update(chunk)
             elif suffix == ".tar":
@@ -142,15 +142,6 @@ def _files(path: str) -> list[str]:
     return chosen
 
 
-def _open(file: str) -> IO[bytes]:
-    if not is_url(file):
-        return open(file, "rb")
-    import fsspec
-
-    opened: IO[bytes] = fsspec.open(file, "rb").open()
-    return opened
-
-
 def _stamp(file: str) -> str:
     if not is_url(file):
         found = os.stat(file)
@@ -165,7 +156,7 @@ def _stamp(file: str) -> str:
 def _read_manifest(file: str, suffix: str) -> Iterator[Record]:
     folder = file.rpartition("/")[0]
     rows, parse = _READERS[suffix]
-    with _open(file) as opened:
+    with open_binary(file) as opened:
         for number, row in rows(opened, file):
             try:
                 yield _record(parse(row), folder)

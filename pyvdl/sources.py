@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO, Protocol
 
 from pyvdl.checks import real, whole
 
@@ -95,6 +95,16 @@ def source_name(source: Source) -> str:
 def is_url(source: str | os.PathLike[str] | FileSlice) -> bool:
     """Whether fsspec is to read it: `scheme://...`."""
     return _URL.match(_path(source)) is not None
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Opens a file or URL to read bytes."""
+    if not is_url(path):
+        return open(path, "rb")
+    import fsspec
+
+    file: IO[bytes] = fsspec.open(path, "rb").open()
+    return file
 
 
 def file_path(video: str) -> str:
