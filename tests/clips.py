@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from os import PathLike
+from pathlib import Path
 from typing import cast
 
 import av
@@ -75,3 +76,14 @@ def _visible(plane: av.video.plane.VideoPlane) -> bytes:
     """The samples of an 8-bit plane without the padding of its rows."""
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     return rows[: plane.height, : plane.width].tobytes()
+
+
+def write_clips(folder: Path, count: int, bad: int) -> list[Path]:
+    """Writes 0.mp4 and so on; number `bad` is not a video."""
+    paths = [folder / f"{i}.mp4" for i in range(count)]
+    for i, path in enumerate(paths):
+        if i == bad:
+            path.write_bytes(b"this is not a video" * 100)
+        else:
+            write_clip(path, seed=i)
+    return paths

@@ -15,7 +15,7 @@ from pyvdl.data import Record
 from pyvdl.models.vlm import VLM
 from pyvdl.rows import CaptionRow
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
-from tests.clips import write_clip
+from tests.clips import write_clips
 from tests.models import tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
@@ -36,12 +36,7 @@ def model(tokenizer: WordTokenizer) -> VLM:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     folder = tmp_path_factory.mktemp("clips")
-    paths = [folder / f"{i}.mp4" for i in range(NUM_CLIPS)]
-    for i, path in enumerate(paths):
-        if i == BAD:
-            path.write_bytes(b"this is not a video" * 100)
-        else:
-            write_clip(path, seed=i)
+    paths = write_clips(folder, NUM_CLIPS, BAD)
     return [Record(key=f"clip-{i}", video=str(path)) for i, path in enumerate(paths)]
 
 

@@ -22,7 +22,7 @@ from pyvdl.pipeline import caption_job
 from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
 from pyvdl.video import sample_clip
-from tests.clips import write_clip
+from tests.clips import write_clips
 from tests.models import tiny_dual_encoder, tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
@@ -122,12 +122,7 @@ def encoder(tokenizer: WordTokenizer) -> DualEncoder:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     folder = tmp_path_factory.mktemp("clips")
-    for i in range(5):
-        if i == BAD:
-            (folder / f"{i}.mp4").write_bytes(b"this is not a video" * 100)
-        else:
-            write_clip(folder / f"{i}.mp4", seed=i)
-    return [Record(key=f"clip-{i}", video=str(folder / f"{i}.mp4")) for i in range(5)]
+    return [Record(key=f"clip-{path.stem}", video=str(path)) for path in write_clips(folder, 5, BAD)]
 
 
 def run(model: VLM, tokenizer: WordTokenizer, records: list[Record], **changes: Any) -> list[CaptionRow]:

@@ -26,7 +26,7 @@ from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.rows import CaptionRow, read_captions, shard_name
 from pyvdl.storage import Folder, hold
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
-from tests.clips import write_clip
+from tests.clips import write_clips
 from tests.models import tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
@@ -47,15 +47,8 @@ def model(tokenizer: WordTokenizer) -> VLM:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     folder = tmp_path_factory.mktemp("clips")
-    found = []
-    for i in range(NUM_CLIPS):
-        path = folder / f"{i}.mp4"
-        if i == BAD:
-            path.write_bytes(b"this is not a video" * 100)
-        else:
-            write_clip(path, seed=i)
-        found.append(Record(key=f"clip-{i}", video=str(path), extra={"views": i}))
-    return found
+    paths = write_clips(folder, NUM_CLIPS, BAD)
+    return [Record(key=f"clip-{i}", video=str(path), extra={"views": i}) for i, path in enumerate(paths)]
 
 
 def job(model: VLM, tokenizer: WordTokenizer, records: Iterable[Record], out: str | Path, **changes: Any) -> JobSummary:
