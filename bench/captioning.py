@@ -39,7 +39,6 @@ from bench.common import (
     progress,
     ratio,
 )
-from pyvdl import ClipLoader
 from pyvdl.caption import Captioner, Decoded, clip_request
 from pyvdl.config import ClipConfig, GemmaConfig, ViTConfig, VLMConfig
 from pyvdl.data import Record
@@ -47,16 +46,19 @@ from pyvdl.decoder_process import DecoderProcess, Frames
 from pyvdl.generate import generate
 from pyvdl.jobs import Job, carried, open_job
 from pyvdl.models import VLM
-from pyvdl.pipeline import caption_shards
+from pyvdl.pipeline import Tally, caption_shards
 from pyvdl.rows import CaptionRow
+from pyvdl.sharding import make_mesh
+from pyvdl.step import create
 from pyvdl.storage import Folder
-from pyvdl.text import CAPTION_PROMPT, WordTokenizer
+from pyvdl.text import CAPTION_PROMPT, NUM_SPECIAL_IDS, WordTokenizer, split_words
 
 MODES = ("host", "device", "both", "bookkeeping")
 BATCH, PREFETCH, SHARD = 8, 2, 64
 SAMPLES, TOKENS = 4, 16
 CLIPS = 1_000_000  # of the bookkeeping
 VIDEOS = {"240p, 4 s": (426, 240, 4.0), "720p, 1 s": (1280, 720, 1.0)}
+WORDS = sorted(set(split_words(f"{CAPTION_PROMPT} a red ball moves left then right and a blue star turns")))
 NAMES = {"model_sha256": "bench"}
 # One thread for all of XLA: the other core decodes.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -68,6 +70,12 @@ def small(tokenizer: WordTokenizer, frames: int) -> VLM:
         vocab_size=tokenizer.vocab_size, width=256, depth=4, num_heads=4, head_dim=64, mlp_dim=1024, dtype="float32"
     )
     return VLM(VLMConfig(vision=vision, language=language, num_frames=frames), rngs=nnx.Rngs(0))
+
+
+def paligemma(tokenizer: WordTokenizer, frames: int) -> VLM:
+    vision = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
+    config = VLMConfig(vision=vision, language=GemmaConfig(vocab_size=tokenizer.vocab_size), num_frames=frames)
+    return create(lambda: VLM(config, rngs=nnx.Rngs(0)), make_mesh(), "bfloat16")
 
 
 class _FreeModel:
@@ -130,12 +138,14 @@ def copies(video: Path, clips: int) -> list[Path]:
     return found
 
 
-def run(captioner: Any, decoder: Any, job: Job) -> None:
-    for shard, rows in caption_shards(captioner, decoder, job, range(job.shards)):
+def run(captioner: Any, decoder: Any, job: Job, tally: Tally | None = None) -> None:
+    for shard, rows in caption_shards(captioner, decoder, job, range(job.shards), tally):
         job.finish(shard, rows)
 
 
 def decode_alone(job: Job, clip: ClipConfig, threads: int) -> None:
+    from pyvdl import ClipLoader  # the C++ module, which what needs no video does without
+
     requests = [clip_request(record) for shard in range(job.shards) for record in job.work(shard)]
     loader = ClipLoader(requests, batch_size=BATCH, num_threads=threads, prefetch=PREFETCH, **dataclasses.asdict(clip))
     assert all(batch.ok.all() for batch in loader)
@@ -165,10 +175,23 @@ def host(rounds: int, clips: int = 64) -> list[dict[str, Any]]:
     return rows
 
 
-def device(rounds: int, batches: int = 24) -> list[dict[str, Any]]:
-    captioner = model_of(8)
-    frames = np.zeros((BATCH, 8, 56, 56, 3), np.uint8)
-    progress("caption, device")
+def device(rounds: int) -> list[dict[str, Any]]:
+    if jax.default_backend() == "cpu":
+        return [_device("small PaliGemma", model_of(8), rounds, 24)]
+    large = model_of(8, paligemma, [f"w{i}" for i in range(GemmaConfig().vocab_size - NUM_SPECIAL_IDS)])
+    drawing = [large.drawing | {"num_samples": samples, "max_length": 32} for samples in (1, 10)]
+    found = []
+    for large.drawing in drawing:
+        samples = large.drawing["num_samples"]
+        found.append(_device(f"PaliGemma 3B's shape, {samples} captions, frames made up", large, rounds, 8))
+    return found
+
+
+def _device(name: str, captioner: Captioner, rounds: int, batches: int) -> dict[str, Any]:
+    size, count = captioner.clip.size, captioner.clip.num_frames
+    frames = np.random.default_rng(0).integers(0, 256, (BATCH, count, size, size, 3), np.uint8)
+    progress(f"caption, device: {name}")
+    tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
         job = open_job(
             Folder(folder),
@@ -179,18 +202,20 @@ def device(rounds: int, batches: int = 24) -> list[dict[str, Any]]:
         )
         parts = {
             "generate": lambda: generate_alone(captioner, frames, batches),
-            "pipeline": lambda: run(captioner, _FreeDecoder(frames), job),
+            "pipeline": lambda: run(captioner, _FreeDecoder(frames), job, tally),
         }
         timings = compare(parts, rounds)
-    return [told("device", "small PaliGemma", batches * BATCH, timings, {"device": jax.devices()[0].device_kind})]
+    waited = tally.wait_seconds / sum(timings["pipeline"])  # of one run more: the warm-up's
+    more = {"device": jax.devices()[0].device_kind, "waited_for_frames": waited}
+    return told("device", name, batches * BATCH, timings, more)
 
 
-def model_of(frames: int) -> Captioner:
-    tokenizer = WordTokenizer.from_texts([CAPTION_PROMPT, "a red ball moves left then right and a blue star turns"])
-    clip = ClipConfig(num_frames=frames, sampling="uniform", short_side=64, size=56)
-    return Captioner(
-        small(tokenizer, frames), tokenizer, clip=clip, num_samples=SAMPLES, max_length=TOKENS, batch_size=BATCH
-    )
+def model_of(frames: int, make: Callable[[WordTokenizer, int], VLM] = small, words: Sequence[str] = WORDS) -> Captioner:
+    tokenizer = WordTokenizer(words)
+    model = make(tokenizer, frames)
+    size = model.config.vision.image_size
+    clip = ClipConfig(num_frames=frames, sampling="uniform", short_side=size * 8 // 7, size=size)
+    return Captioner(model, tokenizer, clip=clip, num_samples=SAMPLES, max_length=TOKENS, batch_size=BATCH)
 
 
 def generate_alone(captioner: Captioner, frames: np.ndarray, batches: int) -> None:

@@ -1,5 +1,6 @@
-"""The dual encoder as one would write it with Flax's own layers and a loss that stores the score matrix: no scan, no
-rematerialisation, none of pyvdl's kernels. What `bench.end_to_end step` holds pyvdl's steps against."""
+"""The dual encoder as one would write it with Flax's own layers and a loss that stores the score matrix: blocks in
+`nnx.scan`, each computed again for the backward pass (scores of all tokens would not fit otherwise), none of pyvdl's
+kernels. What `bench.end_to_end step` holds pyvdl's steps against."""
 
 from __future__ import annotations
 
@@ -29,6 +30,26 @@ class PlainBlock(nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
+class PlainStack(nnx.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, config: ViTConfig | TextTowerConfig, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs: nnx.Rngs) -> PlainBlock:
+            return PlainBlock(config, rngs)
+
+        self.blocks = create(rngs)
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat
+        def forward(block: PlainBlock, x: Array) -> Array:
+            return block(x, mask)
+
+        return forward(self.blocks, x)
+
+
 class PlainDualEncoder(nnx.Module):
     """Joint space-time attention over all patches and a class token; a causal text tower pooled at its last token."""
 
@@ -40,12 +61,12 @@ class PlainDualEncoder(nnx.Module):
         tokens = vision.num_frames * vision.num_patches
         self.position = nnx.Param(normal(rngs.params(), (tokens, vision.width)))
         self.class_token = nnx.Param(normal(rngs.params(), (1, vision.width)))
-        self.vision = nnx.List([PlainBlock(vision, rngs) for _ in range(vision.depth)])
+        self.vision = PlainStack(vision, rngs)
         self.vision_norm = nnx.LayerNorm(vision.width, dtype=dtype, rngs=rngs)
         self.vision_projection = nnx.Linear(vision.width, config.embed_dim, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(text.vocab_size, text.width, dtype=dtype, rngs=rngs)
         self.text_position = nnx.Param(normal(rngs.params(), (text.context_length, text.width)))
-        self.text = nnx.List([PlainBlock(text, rngs) for _ in range(text.depth)])
+        self.text = PlainStack(text, rngs)
         self.text_norm = nnx.LayerNorm(text.width, dtype=dtype, rngs=rngs)
         self.text_projection = nnx.Linear(text.width, config.embed_dim, dtype=dtype, rngs=rngs)
         self.scale = nnx.Param(jnp.asarray(2.66))
@@ -58,12 +79,10 @@ class PlainDualEncoder(nnx.Module):
         x = x + self.position[...].astype(x.dtype)
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)
-        for block in self.vision:
-            x = block(x)
+        x = self.vision(x)
         y = self.embedding(text) + self.text_position[...].astype(x.dtype)
         mask = nnx.make_causal_mask(text)
-        for block in self.text:
-            y = block(y, mask)
+        y = self.text(y, mask)
         pooled = (
             self.vision_projection(self.vision_norm(x[:, 0])),
             self.text_projection(self.text_norm(y[:, -1])),

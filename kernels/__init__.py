@@ -4,7 +4,7 @@ Every op has a plain definition in `reference.py` and takes `implementation=`: N
 program is lowered for, a name runs that implementation or raises.
 """
 
-from .attention import attention, space_time_attention
+from .attention import ATTENTION_RESIDUALS, attention, space_time_attention
 from .contrastive import contrastive_loss
 
-__all__ = ["attention", "contrastive_loss", "space_time_attention"]
+__all__ = ["ATTENTION_RESIDUALS", "attention", "contrastive_loss", "space_time_attention"]

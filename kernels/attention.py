@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from . import (
     attention_cudnn,
@@ -23,6 +24,7 @@ from . import (
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
+ATTENTION_RESIDUALS = "space_time_attention"  # what policies of `jax.checkpoint` know output and statistics by
 
 
 def _check_float(**arrays: Array) -> None:
@@ -302,7 +304,7 @@ def _space_time(call: _Call, q: Array, k: Array, v: Array) -> Array:
 
 
 def _space_time_fwd(call: _Call, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = _forward(call, q, k, v)
+    out, lse = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in _forward(call, q, k, v))
     return out, (q, k, v, out, lse)
 
 

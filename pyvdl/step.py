@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from pyvdl.config import TrainConfig
+from pyvdl.models.layers import Stack
 from pyvdl.optim import make_optimizer
 from pyvdl.sharding import optimizer_shardings, place, put, replicated, split_rows, tree_shardings
 
@@ -145,10 +146,13 @@ def make_step(
     """
     accumulate = config.accumulate
     optimizer = make_optimizer(config.optim, config.steps)
+    unroll = mesh.devices.flat[0].platform == "gpu"
 
     def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, Scalars]:
         def model_of(params: Any) -> Any:
-            return nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
+            model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
+            model.set_attributes(Stack, unroll=unroll, raise_if_not_found=False)
+            return model
 
         if accumulate > 1 and jax.tree.leaves(rest):
             raise ValueError(

@@ -95,16 +95,21 @@ def test_tower_refuses_other_sizes_and_floats() -> None:
         tower(jnp.zeros((2, 32, 32, 3)))
 
 
-def test_remat_changes_nothing_but_memory() -> None:
+def test_remat_and_unrolling_change_nothing_but_memory() -> None:
     video = frames(0, 2)
 
-    def value_and_gradient(config: ViTConfig) -> Any:
-        graphdef, state = nnx.split(ViT(config, rngs=nnx.Rngs(0)))
-        return jax.jit(jax.value_and_grad(lambda s: jnp.mean(nnx.merge(graphdef, s)(video) ** 3)))(state)
+    def value_and_gradient(remat: bool, unroll: bool) -> tuple[Any, int]:
+        tower = ViT(dataclasses.replace(VISION, width=128, num_heads=2, remat=remat), rngs=nnx.Rngs(0))
+        tower.blocks.unroll = unroll
+        graphdef, state = nnx.split(tower)
+        function = jax.value_and_grad(lambda s: jnp.mean(nnx.merge(graphdef, s)(video) ** 3))
+        return jax.jit(function)(state), str(jax.make_jaxpr(function)(state)).count("= exp ")
 
-    plain, remat = value_and_gradient(VISION), value_and_gradient(dataclasses.replace(VISION, remat=True))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    (plain, exps), (remat, more_exps) = value_and_gradient(False, False), value_and_gradient(True, False)
+    assert 0 < exps < more_exps  # attention's forward pass is not computed again unless asked for
+    for other in (remat, value_and_gradient(False, True)[0]):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_differ_at_the_start(vlm: VLM) -> None:

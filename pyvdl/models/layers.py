@@ -12,15 +12,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pyvdl.config import TextTowerConfig, ViTConfig
+from pyvdl.kernels import ATTENTION_RESIDUALS
 from pyvdl.sharding import attention, space_time_attention, split_rows
+
+_HIDDEN = "mlp_hidden"
+
+
+def _keep(*names: str) -> Callable[..., Any]:
+    """Policy of `jax.checkpoint`: keeps products with weights, attention's residuals, and what has one of `names`.
+
+    The rest (norms, activations) is computed again: that costs about the time of writing it out for every layer, and
+    memory grows with S, not with S * S.
+    """
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
+        if primitive.name == "name":
+            return params["name"] in names
+        # cuDNN's output and statistics; it gives them no name.
+        return "dot_product_attention_fwd" in primitive.name or dots(primitive, *inputs, **params)
+
+    return policy
 
 
 class Stack(nnx.Module):
     """`depth` blocks of one kind whose parameters are stacked on axis 0 and run by a scan: one block is compiled.
 
     The blocks hold parameters only (no dropout, no statistics), so that nothing has to be carried out of the scan.
+
+    unroll: a program with all blocks one after the other, for training on a GPU. XLA copies what a scan keeps for the
+    backward pass into stacks there, and computes activations in passes of their own, so that their outputs are kept.
     """
 
     def __init__(
@@ -28,6 +52,7 @@ class Stack(nnx.Module):
     ) -> None:
         self.depth = depth
         self.remat = remat
+        self.unroll = False
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -52,12 +77,13 @@ class Stack(nnx.Module):
             block_state, x = inputs
             return body(nnx.merge(graphdef, block_state), carry, *x)
 
-        # Without remat the backward pass keeps products with weights and computes the rest (norms, GELU, attention)
-        # again: that costs no more time than writing it out for every layer, and memory grows with S, not with S * S.
-        policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if self.remat else policies.dots_with_no_batch_dims_saveable
-        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        carry, ys = jax.lax.scan(step, carry, (state, xs))
+        # With remat there is little to copy, and programs of many layers take long to compile.
+        unroll = self.unroll and not self.remat
+        policy = jax.checkpoint_policies.nothing_saveable
+        if not self.remat:
+            policy = _keep(ATTENTION_RESIDUALS, _HIDDEN) if unroll else _keep(ATTENTION_RESIDUALS)
+        step = jax.checkpoint(step, prevent_cse=unroll, policy=policy)
+        carry, ys = jax.lax.scan(step, carry, (state, xs), unroll=unroll)
         return carry, ys
 
 
@@ -90,7 +116,7 @@ class Mlp(nnx.Module):
         self.down = nnx.Linear(mlp_dim, width, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(checkpoint_name(ACTIVATIONS[self.activation](self.up(x)), _HIDDEN))
 
 
 class Mixer(nnx.Module):
