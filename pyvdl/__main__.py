@@ -9,11 +9,13 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pyvdl import __version__, commands
+from pyvdl.benchmarks import BY_NAME
 from pyvdl.commands import UsageError
 from pyvdl.config import PRESETS
 from pyvdl.rows import FORMATS
@@ -22,6 +24,11 @@ VIDEOS_HELP = "video, folder, manifest (.jsonl, .csv, .parquet), or WebDataset t
 DATASETS = (  # names that pyvdl.datasets reads, which help must not import
     "smit, vidln, videocc, internvid, webvid, msrvtt, msrvtt-1ka, msrvtt-qa, vatex, kinetics600, kinetics700,\n"
     "activitynet-captions, activitynet-qa, nextqa-oe, nextqa-mc, ucf101"
+)
+BENCHMARK_NAMES = textwrap.fill(", ".join(BY_NAME), 115)
+TEMPLATES_HELP = (
+    "what names of classes stand in: nothing, one template, or all of CLIP's, 48 for UCF101 and 28 for all others "
+    "(default: none)"
 )
 DEMO_MODEL = Path("demo/language/model")  # what `make demo` leaves
 
@@ -41,7 +48,7 @@ the method:
   train     the video-text dual encoder on captions
   plan      what a recipe needs on a TPU slice, compiled for it here
 measure:
-  evaluate  captions and answers, or retrieval and zero-shot classes
+  evaluate  captions, answers, retrieval and zero-shot classes: benchmarks and tests of your own
   embed     videos as vectors
   stats     what a set of captions looks like"""
 
@@ -283,13 +290,47 @@ def _parser() -> Parser:
     p = verb(
         "evaluate",
         commands.evaluate,
-        "Scores a model on a manifest: captions (CIDEr-D) and answers (exact match, WUPS) of a VLM; retrieval and,\n"
-        "where records have labels, zero-shot classes of a dual encoder. Intervals: bootstrap 95% over clips.",
-        "pyvdl evaluate --model runs/encoder/model --data corpus/test.jsonl --out scores.json",
+        "Scores a model, or predictions made by any other, on a benchmark's published files or on a test of your own:\n"
+        "captions (CIDEr-D), answers (exact match, WUPS) and options (log-likelihood) of a VLM; retrieval and classes\n"
+        "of a dual encoder. Intervals: bootstrap 95% over clips. Benchmarks:\n"
+        f"{BENCHMARK_NAMES};\n"
+        "all runs those whose files are there, and prints the paper's Tables 2 and 3 beside them.",
+        "pyvdl evaluate --model runs/encoder/model --data corpus/test.jsonl --out scores.json\n"
+        "  pyvdl evaluate ucf101 --model runs/encoder/model --annotations classInd.txt testlist01.txt --videos ucf\n"
+        "  pyvdl evaluate all --model runs/language/model runs/encoder/model --root benchmarks --out scores.json\n"
+        "  pyvdl evaluate --predictions captions.jsonl",
     )
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="saved VLM or dual encoder")
-    p.add_argument("--data", type=Path, required=True, metavar="DATA", help="test records: manifest or WebDataset tars")
+    p.add_argument(
+        "benchmark",
+        nargs="?",
+        choices=[*BY_NAME, "all"],
+        metavar="BENCHMARK",
+        help="one of those above, or all (default: what the records of --data have)",
+    )
+    p.add_argument("--model", nargs="+", type=Path, metavar="DIR", help="saved VLM or dual encoder, or one of each")
+    p.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="in place of a model: texts as JSON lines, embeddings or similarities as *.npz (see the README); for\n"
+        "all, the folder that --save wrote",
+    )
+    p.add_argument("--data", type=Path, metavar="DATA", help="test records: manifest or WebDataset tars")
+    p.add_argument("--annotations", nargs="+", type=Path, metavar="FILE", help="of the benchmark, as published")
+    p.add_argument("--videos", metavar="DIR", help="where the benchmark's videos are: folder or URL")
+    p.add_argument("--names", metavar="PATTERN", help="how the videos are named below --videos, as in `pyvdl probe`")
+    p.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder of annotations/NAME with the published files of the data sets, and of videos/ (see the README)",
+    )
+    p.add_argument("--split", metavar="NAME", help="another one than the benchmark's: train, val or test")
+    p.add_argument("--skip-missing", action="store_true", help="without clips whose video is missing (else: misses)")
+    p.add_argument("--templates", choices=("none", "one", "clip"), default="none", help=TEMPLATES_HELP)
+    _add_clips(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON too")
+    p.add_argument("--save", type=Path, metavar="DIR", help="write what was predicted too, as --predictions reads it")
     _add_loading(p)
 
     p = verb(
@@ -310,6 +351,7 @@ def _parser() -> Parser:
         metavar="FILE",
         help="archive to write (default: embeddings.npz)",
     )
+    _add_clips(p)
     _add_loading(p)
 
     p = verb(
@@ -476,6 +518,16 @@ def _add_filters(p: Parser) -> None:
     )
     group.add_argument("--min-clip-score", type=float, metavar="X", help="the least cosine, with --clip-score")
     group.add_argument("--keep-best", type=_positive, metavar="K", help="captions of a video")
+
+
+def _add_clips(p: Parser) -> None:
+    p.add_argument(
+        "--clips",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="embed so many equal parts of each video, and take their mean (default: 1)",
+    )
 
 
 def _add_loading(p: Parser) -> None:

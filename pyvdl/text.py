@@ -19,6 +19,7 @@ NUM_SPECIAL_IDS: Final = 4
 
 CAPTION_PROMPT: Final = "Generate the alt-text:"
 PALIGEMMA_PROMPT: Final = "caption en"  # what its public checkpoints were taught
+PALIGEMMA_QUESTION_PROMPT: Final = "answer en {question}"
 QUESTION_PROMPT: Final = "Answer in en: {question}"
 DETAIL_PROMPT: Final = "Describe the video in detail:"
 

@@ -340,7 +340,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[Record]]] = {
             Record(
                 key="v_HandStandPushups_g01_c02",
                 video="videos/HandstandPushups/v_HandStandPushups_g01_c02.avi",
-                label="Handstand Pushups",
+                label="Hand Stand Pushups",
                 split="test",
                 group="HandstandPushups_g01",
             ),

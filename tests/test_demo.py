@@ -131,7 +131,7 @@ def test_report_has_every_key_of_the_schema(first: Ran) -> None:
     assert set(report["dual_encoder"]) == set(report["caption_statistics"]) == texts
     for scores in report["dual_encoder"].values():
         for direction in ("t2v", "v2t"):
-            assert set(scores[direction]) == {"R@1", "R@5", "R@10", "median_rank"}
+            assert set(scores[direction]) == {"R@1", "R@5", "R@10", "median_rank", "mean_rank"}
             assert all(set(scores[direction][name]) == SCORE for name in ("R@1", "R@5", "R@10"))
         assert set(scores["top1"]) == set(scores["top5"]) == SCORE
     for counted in report["caption_statistics"].values():

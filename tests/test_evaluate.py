@@ -7,24 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from pyvdl.config import ClipConfig, T5Config, toy
+from pyvdl.config import ClipConfig
 from pyvdl.data import Question, Record
 from pyvdl.evaluate import (
     class_embeddings,
+    count_ahead_in_blocks,
     embed_texts,
     embed_videos,
     evaluate_captions,
+    evaluate_choices,
     evaluate_questions,
     evaluate_retrieval,
     evaluate_zero_shot,
     score_answers,
 )
+from pyvdl.metrics import count_ahead, rank
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer
 from tests.clips import write_clip
+from tests.models import tiny_dual_encoder, tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 NUM_CLIPS = 5
@@ -39,21 +42,12 @@ def tokenizer() -> WordTokenizer:
 
 @pytest.fixture(scope="module")
 def vlm(tokenizer: WordTokenizer) -> VLM:
-    config = toy(tokenizer.vocab_size).vlm
-    vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1)
-    assert isinstance(config.language, T5Config)
-    language = dataclasses.replace(
-        config.language, width=32, head_dim=16, mlp_dim=64, encoder_layers=1, decoder_layers=1
-    )
-    return VLM(dataclasses.replace(config, vision=vision, language=language, num_frames=2), rngs=nnx.Rngs(0))
+    return tiny_vlm(tokenizer)
 
 
 @pytest.fixture(scope="module")
 def dual(tokenizer: WordTokenizer) -> DualEncoder:
-    config = toy(tokenizer.vocab_size).dual_encoder
-    vision = dataclasses.replace(config.vision, image_size=32, width=32, mlp_dim=64, depth=1, num_frames=2)
-    text = dataclasses.replace(config.text, width=32, mlp_dim=64, depth=1)
-    return DualEncoder(dataclasses.replace(config, vision=vision, text=text, embed_dim=16), rngs=nnx.Rngs(1))
+    return tiny_dual_encoder(tokenizer, num_frames=2, image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +90,42 @@ def test_a_constant_model_finds_nothing() -> None:
     same = np.ones((20, 4), np.float32) / 2
     scores = evaluate_retrieval(same, same)
     assert scores.t2v["R@10"] == scores.v2t["R@10"] == 0
+    assert evaluate_retrieval(same, same, ties="loose").t2v["R@1"] == 100
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize(("queries", "candidates"), [(50, 30), (700, 300), (300, 700), (1, 5)])
+def test_ranks_by_blocks_are_those_of_the_whole(queries: int, candidates: int, pool: bool) -> None:
+    """Of small whole numbers, whose products are exact and often equal."""
+    rng = np.random.default_rng(queries)
+    left, right = (rng.integers(-2, 3, (n, 5)).astype(np.float32) for n in (queries, candidates))
+    offered = rng.permutation(np.arange(candidates) % 30) * 3 + 5
+    wanted = rng.choice(offered, queries)
+    whole = count_ahead(left @ right.T, wanted, offered, pool_candidates=pool)
+    for block in (128, 256, 4096):
+        found = count_ahead_in_blocks(left, right, wanted, offered, pool_candidates=pool, block=block)
+        for name in ("above", "equal", "right"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert (whole.equal > whole.right).any() or queries == 1
+
+
+@pytest.mark.parametrize("width", [3, 64, 257])
+def test_equal_embeddings_tie_in_whatever_block_they_stand(width: int) -> None:
+    one = np.random.default_rng(width).normal(size=(1, width)).astype(np.float32)
+    found = count_ahead_in_blocks(one.repeat(500, 0), one.repeat(300, 0), np.arange(500) % 300, block=128)
+    assert (found.above.max(), found.equal.min(), found.right.max()) == (0, 300, 1)
+
+
+def test_blocks_hold_what_failed_behind_everything() -> None:
+    videos = np.eye(4, dtype=np.float32)
+    videos[[1, 2]] = np.nan
+    found = count_ahead_in_blocks(np.eye(4, dtype=np.float32), videos)
+    for ties in ("strict", "loose", "expected"):
+        assert rank(found, ties=ties).ranks.tolist() == [1, 4, 4, 1]
+    with pytest.raises(ValueError, match="group 9: no candidate"):
+        count_ahead_in_blocks(videos, videos, [0, 1, 2, 9])
+    with pytest.raises(ValueError, match=r"queries \(4, 4\), candidates \(4, 3\)"):
+        count_ahead_in_blocks(videos, videos[:, :3])
 
 
 def test_a_failed_video_is_a_miss_in_both_directions_and_harms_nobody_else() -> None:
@@ -106,7 +136,7 @@ def test_a_failed_video_is_a_miss_in_both_directions_and_harms_nobody_else() -> 
     assert scores.failed == 1
     # With four candidates even the last one is within the first five: a failed clip is a miss all the same.
     for direction in (scores.t2v, scores.v2t):
-        assert direction == {"R@1": 75, "R@5": 75, "R@10": 75, "median_rank": 1}
+        assert direction == {"R@1": 75, "R@5": 75, "R@10": 75, "median_rank": 1, "mean_rank": 7 / 4}
     assert scores.t2v_ranks.tolist() == scores.v2t_ranks.tolist() == [1, 4, 1, 1]
 
 
@@ -121,6 +151,11 @@ def test_several_texts_a_video() -> None:
     assert scores.v2t_ranks.tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match="3 videos and 6 texts"):
         evaluate_retrieval(videos, texts)
+    # A video without texts is a candidate, and no query.
+    more = np.concatenate([videos, unit([[-1, -1, -1]])])
+    scores = evaluate_retrieval(more, texts, video_of_text=owner)
+    assert scores.t2v_ranks.tolist() == [1, 1, 1, 3, 3, 3]
+    assert scores.v2t_ranks.tolist() == [2, 2, 2]
 
 
 def test_zero_shot_by_hand() -> None:
@@ -145,7 +180,7 @@ def test_embeddings_do_not_depend_on_batches(
     whole = embed_videos(
         dual, records, clip=CLIP, batch_size=8, on_error=lambda record, error: errors.update({record.key: error})
     )
-    assert whole.shape == (NUM_CLIPS, 16)
+    assert whole.shape == (NUM_CLIPS, dual.config.embed_dim)
     assert list(errors) == [str(BAD)]
     assert np.isnan(whole).all(1).tolist() == [i == BAD for i in range(NUM_CLIPS)]
     good = np.delete(whole, BAD, axis=0)
@@ -157,6 +192,29 @@ def test_embeddings_do_not_depend_on_batches(
     whole = embed_texts(dual, tokenizer, texts)
     for batch_size in (2, 4):
         np.testing.assert_allclose(embed_texts(dual, tokenizer, texts, batch_size=batch_size), whole, atol=2e-6)
+
+
+def test_several_clips_of_a_video_are_averaged(
+    dual: DualEncoder, tokenizer: WordTokenizer, records: list[Record]
+) -> None:
+    errors: dict[str, str] = {}
+    found = embed_videos(
+        dual,
+        records,
+        clip=CLIP,
+        clips=2,
+        batch_size=4,
+        on_error=lambda record, error: errors.update({record.key: error}),
+    )
+    halves = [
+        embed_videos(dual, [r.part(i, i / 2, (i + 1) / 2) for r in records], clip=CLIP, batch_size=4) for i in range(2)
+    ]
+    mean = (halves[0] + halves[1]) / 2
+    np.testing.assert_allclose(found, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-6)
+    assert np.isnan(found).all(1).tolist() == [i == BAD for i in range(NUM_CLIPS)]
+    assert list(errors) == [str(BAD)]
+    with pytest.raises(ValueError, match="holds the frames of one clip"):
+        embed_videos(dual, [Record(key="x", video="array://0::x.zarr", end_seconds=1.0)], clip=CLIP, clips=2)
 
 
 def test_class_embeddings_are_the_mean_over_templates(dual: DualEncoder, tokenizer: WordTokenizer) -> None:
@@ -215,6 +273,40 @@ def test_answers_do_not_depend_on_batches(vlm: VLM, tokenizer: WordTokenizer, re
     scores = evaluate_questions(vlm, tokenizer, own, clip=CLIP, max_length=4, batch_size=4)
     assert scores.exact_match == pytest.approx(100 * sum(map(bool, first.predictions)) / total)
     assert scores.by_family == {"temporal": scores.exact_match}
+
+
+def test_the_likeliest_option_is_chosen(vlm: VLM, tokenizer: WordTokenizer, records: list[Record]) -> None:
+    """What the model says by itself is likelier than other words; a failed clip's questions are misses."""
+    said = evaluate_questions(vlm, tokenizer, records, clip=CLIP, max_length=4, batch_size=4).predictions
+    answers = iter(said)
+    others = ("why is it gone then right then right", "gone gone gone gone")
+    asked: list[Record] = []
+    rights: list[int] = []
+    for record in records:
+        questions = []
+        for i, question in enumerate(record.questions):
+            options = [others[0], others[1]][: 1 + i % 2]  # of two or of three
+            right = len(rights) % (len(options) + 1)
+            options.insert(right, next(answers) or "left")
+            rights.append(right)
+            questions.append(
+                dataclasses.replace(question, answer=options[right], options=tuple(options), correct=right)
+            )
+        asked.append(dataclasses.replace(record, questions=tuple(questions)))
+    scores = evaluate_choices(vlm, tokenizer, asked, clip=CLIP, batch_size=4)
+    first = sum(len(record.questions) for record in records[:BAD])
+    bad = slice(first, first + len(records[BAD].questions))
+    assert (scores.predictions[bad] == -1).all()
+    assert scores.failed == 1
+    good = np.delete(scores.predictions == rights, np.arange(bad.start, bad.stop))
+    assert good.all()
+    assert scores.accuracy == pytest.approx(100 * good.sum() / len(rights))
+    assert (
+        evaluate_choices(vlm, tokenizer, asked, clip=CLIP, batch_size=3).predictions.tolist()
+        == scores.predictions.tolist()
+    )
+    with pytest.raises(ValueError, match=r"record 0: question 'what moves first\?' has no options"):
+        evaluate_choices(vlm, tokenizer, records, clip=CLIP)
 
 
 def test_answers_are_scored_raw_and_normalised() -> None:

@@ -38,6 +38,8 @@ FORBIDDEN = {
     "pyvdl.decoder_child": {"jax", "flax", "pyvdl.data"},
     "pyvdl.decoder_process": {"jax", "flax", "pyvdl.data"},
     "pyvdl.data": {"pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
+    "pyvdl.benchmarks": {"jax", "flax", "pyvdl"},
+    "pyvdl.evaluate": {"pyvdl.train", "pyvdl.recipes", "pyvdl.instruct"},
     "pyvdl.instruct": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},
     "pyvdl.log": {"pyvdl.data", "pyvdl.models", "pyvdl.train", "pyvdl.video"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},

@@ -449,11 +449,13 @@ def test_evaluate_a_vlm(run: Run, corpus: Path, vlm: Path, tmp_path: Path) -> No
     wanted = tmp_path / "new" / "scores.json"
     code, out, _ = run("evaluate", "--model", vlm, "--data", corpus / "test.jsonl", "--out", wanted)
     assert code == 0
-    scores = json.loads(wanted.read_text())
-    assert set(scores["scores"]) == {"CIDEr-D", "exact match", "exact match, lower and strip", "WUPS"}
-    assert all(name in out for name in scores["scores"])
-    assert all(score["low"] <= score["value"] <= score["high"] for score in scores["scores"].values())
-    assert scores["failed"] == 0
+    captions, questions = json.loads(wanted.read_text())["results"]
+    assert set(captions["scores"]) == {"CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"}
+    assert {"exact match", "exact match, lower and strip", "WUPS", "exact match, causal"} <= set(questions["scores"])
+    for result in (captions, questions):
+        assert all(name in out for name in result["scores"])
+        assert all(score["low"] <= score["value"] <= score["high"] for score in result["scores"].values())
+        assert result["counts"]["failed"] == 0
 
 
 def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Path, tmp_path: Path) -> None:

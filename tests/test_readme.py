@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvdl.__main__ import _parser
+from pyvdl.benchmarks import BENCHMARKS, BY_NAME
 from pyvdl.datasets import READERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,19 @@ def test_every_data_set_is_in_the_table() -> None:
     section = README.partition("\n## Data sets\n")[2].partition("\n## ")[0]
     names = re.findall(r"^\| [^|`]+ \| ([^|]+) \|", section, re.MULTILINE)
     assert re.findall(r"`([^`]+)`", " ".join(names)) == list(READERS)
+
+
+def test_every_benchmark_is_in_the_table_with_its_files_and_figures() -> None:
+    section = README.partition("\n## Benchmarks\n")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in row[1:-1].split("|")] for row in re.findall(r"^\|.*`.*\|$", section, re.MULTILINE)
+    ]
+    assert [row[1].strip("`") for row in rows] == list(BY_NAME)
+    for (_, name, files, videos, _, paper), benchmark in zip(rows, BENCHMARKS, strict=True):
+        wanted = [f"{benchmark.reader}/{benchmark.files[0]}", *benchmark.files[1:], *benchmark.more]
+        assert re.findall("`([^`]+)`", files) == wanted, name
+        assert videos == f"`{benchmark.videos}`"
+        assert [float(figure) for figure in paper.split(", ") if figure] == list(benchmark.paper.values())
 
 
 @pytest.mark.parametrize("command", re.findall(r"^(pyvdl .*)$", "\n".join(blocks("sh")), re.MULTILINE))

@@ -6,7 +6,8 @@ What a command needs is imported inside it, so that help and mistakes answer at 
 from pyvdl.commands.captioning import caption, stats, status
 from pyvdl.commands.common import UsageError
 from pyvdl.commands.data import MODEL_ONLY, instruct, prepare, probe
-from pyvdl.commands.measuring import embed, evaluate
+from pyvdl.commands.embedding import embed
+from pyvdl.commands.evaluating import evaluate
 from pyvdl.commands.training import adapt, plan, train
 
 __all__ = [

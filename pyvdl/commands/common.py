@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyvdl.config import ClipConfig
+    from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
     from pyvdl.manifests import Input
     from pyvdl.models.dual_encoder import DualEncoder
@@ -111,6 +111,17 @@ def sampled(arguments: argparse.Namespace, clip: ClipConfig) -> ClipConfig:
     import dataclasses
 
     return dataclasses.replace(clip, sampling=arguments.sampling)
+
+
+def encoder_clip(arguments: argparse.Namespace, config: DualEncoderConfig) -> ClipConfig:
+    """Of a model of images the frames are embedded one by one: as many as clips have by default."""
+    import dataclasses
+
+    from pyvdl.config import ClipConfig
+    from pyvdl.recipes import model_clip
+
+    clip = sampled(arguments, model_clip(config))
+    return dataclasses.replace(clip, num_frames=ClipConfig().num_frames) if config.vision.num_frames == 1 else clip
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:

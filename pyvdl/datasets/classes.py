@@ -10,7 +10,7 @@ from pathlib import Path
 from pyvdl.data import Record
 from pyvdl.datasets.files import Names, OnSkip, lines, rows, sort_files, split_name, split_of
 
-_UCF = re.compile(r"((\w+)/(v_\w+_(g\d\d)_c\d\d))\.avi(?: (\d+))?")
+_UCF = re.compile(r"((\w+)/(v_(\w+)_(g\d\d)_c\d\d))\.avi(?: (\d+))?")
 _KINETICS = ("youtube_id", "start", "end", "label", "split")
 
 
@@ -56,7 +56,8 @@ def read_ucf101(
     annotations: Sequence[Path], videos: str, *, names: str | None = None, on_skip: OnSkip = None
 ) -> Iterator[Record]:
     """classInd.txt, and the lists of one of the three divisions, trainlist01.txt and testlist01.txt. A label is the
-    name of the class in words ("Apply Eye Makeup"); clips cut from one video are one group.
+    name of the class in words ("Apply Eye Makeup"), as files have it: "Hand Stand Pushups", as CLIP's prompts have, is
+    in the folder HandstandPushups. Clips cut from one video are one group.
 
     names may have {path}, as listed without suffix, and {name}, its last part.
     """
@@ -78,7 +79,7 @@ def read_ucf101(
                     f"{where}: found {text!r:.80}: expected CLASS/v_CLASS_g01_c01.avi, and in a training "
                     "list the number of the class"
                 )
-            clip, name, file, group, index = match.groups()
+            clip, name, file, spelled, group, index = match.groups()
             if name not in numbers or (index is not None and int(index) != numbers[name]):
                 raise ValueError(f"{where}: {name} {index or ''}: expected a class of classInd.txt and its number")
             if (home := homes.setdefault(file, where)) != where:
@@ -86,7 +87,7 @@ def read_ucf101(
             yield Record(
                 key=file,
                 video=named.path({"path": clip, "name": file}),
-                label=re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name),
+                label=re.sub(r"(?<=[a-z])(?=[A-Z])", " ", spelled),
                 split=split_of(path),
                 group=f"{name}_{group}",
             )

@@ -45,9 +45,13 @@ def bootstrap_interval(
         members = np.unique(found, return_inverse=True)[1]
     sizes = np.bincount(members)
     if statistic is not None:
-        grouped = np.split(values[np.argsort(members, kind="stable")], np.cumsum(sizes)[:-1])
+        ordered = values[np.argsort(members, kind="stable")]
         drawn = (rng.integers(0, len(sizes), len(sizes)) for _ in range(resamples))
-        found_values = np.array([statistic(np.concatenate([grouped[i] for i in picks])) for picks in drawn])
+        if len(sizes) == len(values):
+            found_values = np.array([statistic(ordered[picks]) for picks in drawn])
+        else:
+            grouped = np.split(ordered, np.cumsum(sizes)[:-1])
+            found_values = np.array([statistic(np.concatenate([grouped[i] for i in picks])) for picks in drawn])
     else:
         sums = np.bincount(members, values)
         found_values = np.empty(resamples)

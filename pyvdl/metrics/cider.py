@@ -44,12 +44,7 @@ def cider(
         document_frequencies: None takes them from `references`, as every published figure does (one item alone then
             scores 0, since every idf is 0). Give those of a larger set to score a few items on its scale.
     """
-    if isinstance(hypotheses, str):
-        raise TypeError(f"hypotheses={hypotheses[:80]!r} is one string: pass a list, [hypothesis] for a single one")
-    hypothesis_words = [_words(text, tokenize) for text in hypotheses]
-    reference_words = _reference_words(references, tokenize)
-    if len(hypothesis_words) != len(reference_words):
-        raise ValueError(f"{len(hypothesis_words)} hypotheses for {len(reference_words)} items: expected equal numbers")
+    hypothesis_words, reference_words = tokenized(hypotheses, references, tokenize)
     num_items = len(hypothesis_words)
     counts = np.array([len(texts) for texts in reference_words])
     item_of_reference = np.repeat(np.arange(num_items), counts)
@@ -99,6 +94,19 @@ class _Grams:
 
     def spelled(self) -> list[tuple[str, ...]]:
         return [tuple(self.vocabulary[i] for i in row) for row in self.word_ids.tolist()]
+
+
+def tokenized(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool
+) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """The words of each hypothesis and of its references, after checking that they belong together."""
+    if isinstance(hypotheses, str):
+        raise TypeError(f"hypotheses={hypotheses[:80]!r} is one string: pass a list, [hypothesis] for a single one")
+    hypothesis_words = [_words(text, tokenize) for text in hypotheses]
+    reference_words = _reference_words(references, tokenize)
+    if len(hypothesis_words) != len(reference_words):
+        raise ValueError(f"{len(hypothesis_words)} hypotheses for {len(reference_words)} items: expected equal numbers")
+    return hypothesis_words, reference_words
 
 
 def _words(text: str, tokenize: bool) -> list[str]:

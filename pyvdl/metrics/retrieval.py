@@ -11,6 +11,16 @@ _CHUNK_ELEMENTS: Final = 1 << 22  # similarity entries compared at once; bounds 
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Of each of Q queries, int64[Q] each: candidates above the best right one, those equal to it, and the right ones
+    among these."""
+
+    above: np.ndarray
+    equal: np.ndarray
+    right: np.ndarray
+
+
+@dataclass(frozen=True)
 class RankingScores:
     """How early each query finds a right candidate. Fractions of 1 (papers print x100); ranks count from 1.
 
@@ -46,15 +56,8 @@ def recall_at_k(
         ties: "strict" lets every candidate with an equal score stand ahead of the right one (a constant model scores
             0), "loose" lets it stand behind (a constant model scores 1), "expected" averages over random orders.
     """
-    scores = _checked_scores(similarity, "similarity")
-    num_queries, num_candidates = scores.shape
-    wanted = _checked_groups(query_groups, num_queries, "query_groups")
-    offered = _checked_groups(candidate_groups, num_candidates, "candidate_groups")
-    if pool_candidates:
-        order = np.argsort(offered, kind="stable")
-        offered, starts = np.unique(offered[order], return_index=True)
-        scores = np.maximum.reduceat(scores[:, order], starts, axis=1)
-    return _rank(scores, wanted, offered, ks, ties)
+    ahead = count_ahead(similarity, query_groups, candidate_groups, pool_candidates=pool_candidates)
+    return rank(ahead, ks=ks, ties=ties)
 
 
 def top_k_accuracy(
@@ -68,11 +71,11 @@ def top_k_accuracy(
         ks, ties: as in `recall_at_k`.
     """
     scores = _checked_scores(scores, "scores")
-    wanted = _checked_groups(labels, len(scores), "labels")
+    wanted = checked_groups(labels, len(scores), "labels")
     outside = wanted[(wanted < 0) | (wanted >= scores.shape[1])]
     if outside.size:
         raise ValueError(f"label {outside[0]}: expected 0 to {scores.shape[1] - 1}")
-    return _rank(scores, wanted, np.arange(scores.shape[1]), ks, ties)
+    return rank(count_ahead(scores, wanted), ks=ks, ties=ties)
 
 
 def _checked_scores(scores: np.ndarray, name: str) -> np.ndarray:
@@ -85,7 +88,8 @@ def _checked_scores(scores: np.ndarray, name: str) -> np.ndarray:
     return scores
 
 
-def _checked_groups(groups: Sequence[int] | np.ndarray | None, length: int, name: str) -> np.ndarray:
+def checked_groups(groups: Sequence[int] | np.ndarray | None, length: int, name: str) -> np.ndarray:
+    """int[length], 0, 1, 2, ... for None."""
     if groups is None:
         return np.arange(length)
     found = np.asarray(groups)
@@ -94,16 +98,30 @@ def _checked_groups(groups: Sequence[int] | np.ndarray | None, length: int, name
     return found
 
 
-def _rank(scores: np.ndarray, wanted: np.ndarray, offered: np.ndarray, ks: Sequence[int], ties: Ties) -> RankingScores:
-    if ties not in get_args(Ties):
-        raise ValueError(f"ties={ties!r}: expected one of {get_args(Ties)}")
-    for k in ks:
-        if k < 1:
-            raise ValueError(f"k={k}: expected a positive number")
+def check_offered(wanted: np.ndarray, offered: np.ndarray) -> None:
+    """ValueError where a query's group has no candidate."""
     missing = np.flatnonzero(~np.isin(wanted, offered))
     if len(missing):
         raise ValueError(f"query {missing[0]} of group {wanted[missing[0]]}: no candidate belongs to that group")
-    # Of each query: candidates above the best right one, those equal to it, and the right ones among these.
+
+
+def count_ahead(
+    similarity: np.ndarray,
+    query_groups: Sequence[int] | np.ndarray | None = None,
+    candidate_groups: Sequence[int] | np.ndarray | None = None,
+    *,
+    pool_candidates: bool = False,
+) -> Ahead:
+    """What ranks are made of, by any rule for ties; arguments as for `recall_at_k`."""
+    scores = _checked_scores(similarity, "similarity")
+    num_queries, num_candidates = scores.shape
+    wanted = checked_groups(query_groups, num_queries, "query_groups")
+    offered = checked_groups(candidate_groups, num_candidates, "candidate_groups")
+    check_offered(wanted, offered)
+    if pool_candidates:
+        order = np.argsort(offered, kind="stable")
+        offered, starts = np.unique(offered[order], return_index=True)
+        scores = np.maximum.reduceat(scores[:, order], starts, axis=1)
     above, equal, right = (np.empty(len(scores), np.int64) for _ in range(3))
     step = max(1, _CHUNK_ELEMENTS // scores.shape[1])
     for start in range(0, len(scores), step):
@@ -114,6 +132,17 @@ def _rank(scores: np.ndarray, wanted: np.ndarray, offered: np.ndarray, ks: Seque
         above[rows] = (scores[rows] > best).sum(1)
         equal[rows] = level.sum(1)
         right[rows] = (level & own).sum(1)
+    return Ahead(above, equal, right)
+
+
+def rank(ahead: Ahead, *, ks: Sequence[int] = (1, 5, 10), ties: Ties = "strict") -> RankingScores:
+    """Ranks by one rule for ties; arguments as for `recall_at_k`."""
+    if ties not in get_args(Ties):
+        raise ValueError(f"ties={ties!r}: expected one of {get_args(Ties)}")
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"k={k}: expected a positive number")
+    above, equal, right = ahead.above, ahead.equal, ahead.right
     if ties == "strict":
         ranks = (above + equal - right + 1).astype(float)
     elif ties == "loose":
