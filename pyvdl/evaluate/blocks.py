@@ -12,7 +12,7 @@ import numpy as np
 
 from pyvdl.metrics import Ahead, check_offered, checked_groups
 
-BLOCK = 4096  # queries, and candidates, of a block at most: 64 MiB of similarities
+BLOCK = 4096  # queries of a block at most, and BLOCK**2 similarities of each with each: 64 MiB
 _TILE = 128  # sizes of blocks are multiples: all of a block is then computed by the same instructions
 _NO_QUERY, _NO_CANDIDATE = -1, -2  # groups of what fills blocks up
 
@@ -41,8 +41,8 @@ def count_ahead_in_blocks(
     groups = offered[columns[:, 0]]
     # In the order of their groups, queries find their right candidates in few blocks.
     order = np.argsort(wanted, kind="stable")
-    height = min(_up(len(order), _TILE), block)
     width = min(_up(len(columns), _TILE), max(_TILE, block // columns.shape[1] // _TILE * _TILE))
+    height = min(_up(len(order), _TILE), max(_TILE, block**2 // (width * columns.shape[1]) // _TILE * _TILE), block)
     firsts = range(0, len(columns), width)
     bounds = [(groups[i], groups[min(i + width, len(groups)) - 1]) for i in firsts]
 
