@@ -21,6 +21,7 @@ MSRVTT = {
         {"caption": "the car drives", "video_id": "video0", "sen_id": 2},
     ],
 }
+ONE_KA = 'key,vid_key,video_id,sentence\nret0,msr0,video0,"a person, at work"\nret1,msr6513,video6513,a dog runs\n'
 VATEX = [
     {"videoID": "Ptf_2VRj-V0_000122_000132", "enCap": ["A man climbs.", "He climbs. "], "chCap": ["一个人"]},
     {"videoID": "aaaaaaaaaaa_000000_000010", "enCap": ["A dog."]},

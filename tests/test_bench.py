@@ -14,7 +14,7 @@ from bench.common import Spread, Timing, append_rows, environment, format_table,
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
 pytest.importorskip("av", reason="PyAV is not installed")
 
-from bench import convert, decode, loader, workers
+from bench import convert, decode, loader, retrieval, workers
 from bench.contenders import CONTENDERS
 from bench.corpus import CASES, Case, make_clip
 
@@ -202,3 +202,10 @@ def test_memory_is_told_by_a_process_of_its_own(groups: dict[str, Path]) -> None
     assert found["peak_bytes"][1] - found["imported_bytes"] < ballast.nbytes
     with pytest.raises(RuntimeError, match="clips failed"):
         loader.footprint([str(groups["groups"].with_name("missing.mp4"))], 1, [1], options)
+
+
+def test_retrieval_has_ties_and_its_memory_is_told() -> None:
+    row = retrieval.score(texts=300, videos=50, width=16)
+    assert row["counts"] == {"videos": 50, "texts": 300, "failed": 0, "tied_queries": row["counts"]["tied_queries"]}
+    assert row["counts"]["tied_queries"] >= 60  # texts of ten videos that are there twice, and these
+    assert row["peak_bytes"] > 2**26

@@ -53,11 +53,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 raise ValueError(str(error)) from error
             left_out[benchmark.name] = str(error)
             faults += not isinstance(error, Missing)
-            continue
+            found = []
         for result in found:
             _print_result(result)
         results += found
-        if arguments.out is not None:  # again after each, so that none is lost
+        if arguments.out is not None and results:  # again after each, so that none is lost
             write_whole(arguments.out, [json.dumps(score_file(results, left_out, seed=0), indent=1) + "\n"])
     if every:
         _print_tables(results, left_out)

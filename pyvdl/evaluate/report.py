@@ -35,7 +35,7 @@ class Result:
 
     task: Task
     metrics: tuple[str, ...]  # names in `pyvdl.metrics.DEFINITIONS`
-    scores: dict[str, Score]  # the headline first
+    scores: dict[str, Score]  # in the order of print
     counts: dict[str, int]
     more: dict[str, Score] = field(default_factory=dict)  # for the score file alone
     rows: list[dict[str, Any]] = field(default_factory=list)  # of a text task: predictions with their scores
