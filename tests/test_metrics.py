@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvdl.metrics import (
+    bleu,
     bootstrap_difference,
     bootstrap_interval,
     caption_statistics,
@@ -22,6 +23,7 @@ from pyvdl.metrics import (
     prepare_answer,
     ptb_tokenize,
     recall_at_k,
+    rouge_l,
     top_k_accuracy,
     wups,
 )
@@ -164,6 +166,28 @@ def test_cider_refuses_what_does_not_fit() -> None:
         cider(["a"], ["a dog"])
     with pytest.raises(ValueError, match="caption None"):
         cider([None], [["a"]])  # type: ignore[list-item]
+
+
+def test_bleu_by_hand() -> None:
+    # Of two references as close the shorter counts: 4 words against 3 are not brief. All n-grams are in one or other.
+    assert bleu(["a b c d"], [["a b c", "a b c d e"]]).score == pytest.approx([1, 1, 1, 1])
+    assert bleu(["the the the"], [["the cat"]]).score[0] == pytest.approx(1 / 3)  # once in the reference
+    # Half as long: exp(1 - 2). There are no 3-grams, which counts as 1e-15 / 1e-9.
+    found = bleu(["a b"], [["a b c d"]]).score
+    assert found[:3] == pytest.approx([math.exp(-1), math.exp(-1), math.exp(-1) * 1e-6 ** (1 / 3)])
+    # Of a set, n-grams are summed first: 3 + 1 of 4 + 2 words.
+    assert bleu(["a b c x", "d y"], [["a b c z"], ["d z"]]).score[0] == pytest.approx(4 / 6)
+
+
+def test_rouge_l_by_hand() -> None:
+    found = rouge_l(["a b c d", "x", "a"], [["a c x"], ["y"], ["a b", "a a a a"]])
+    precision, recall = 2 / 4, 2 / 3
+    assert found.per_item[0] == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
+    assert found.per_item[1] == 0
+    assert found.per_item[2] == pytest.approx((1 + 1.44) * 0.5 / (0.5 + 1.44))
+    assert found.score == pytest.approx(found.per_item.mean())
+    with pytest.raises(ValueError, match="2 hypotheses for 1 items"):
+        rouge_l(["a", "b"], [["a"]])
 
 
 @settings(max_examples=50, deadline=None)

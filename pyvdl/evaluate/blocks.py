@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pyvdl.metrics import Ahead, check_offered, checked_groups
+from pyvdl.metrics.retrieval import Ahead, check_offered, checked_groups
 
 BLOCK = 4096  # queries of a block at most, and BLOCK**2 similarities of each with each: 64 MiB
 _TILE = 128  # sizes of blocks are multiples: all of a block is then computed by the same instructions

@@ -10,17 +10,7 @@ from .definitions import DEFINITIONS
 from .overlap import BleuScore, RougeScore, bleu, bleu_of_counts, rouge_l
 from .preparing import prepare_answer
 from .ptb import ptb_tokenize
-from .retrieval import (
-    Ahead,
-    RankingScores,
-    Ties,
-    check_offered,
-    checked_groups,
-    count_ahead,
-    rank,
-    recall_at_k,
-    top_k_accuracy,
-)
+from .retrieval import Ahead, RankingScores, Ties, count_ahead, rank, recall_at_k, top_k_accuracy
 from .statistics import CaptionStatistics, caption_statistics
 from .taggers import SpacyTagger, Tagger, Token, WordNetTagger
 from .wups import QUESTION_TYPES, WupsScore, wups
@@ -47,8 +37,6 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_interval",
     "caption_statistics",
-    "check_offered",
-    "checked_groups",
     "cider",
     "count_ahead",
     "document_frequencies",
