@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pyvdl import __version__, commands
+from pyvdl.ablate import GRIDS
 from pyvdl.benchmarks import BY_NAME
 from pyvdl.commands import UsageError
 from pyvdl.config import PRESETS
@@ -50,7 +51,8 @@ the method:
 measure:
   evaluate  captions, answers, retrieval and zero-shot classes: benchmarks and tests of your own
   embed     videos as vectors
-  stats     what a set of captions looks like"""
+  stats     what a set of captions looks like
+  ablate    the paper's tables again: grids of recipes, theirs beside ours"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -379,7 +381,56 @@ def _parser() -> Parser:
         help="so many captions of each set at random, or 'equal': as many as the smallest set has (default: all)",
     )
     p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
+
+    p = verb(
+        "ablate",
+        commands.ablate,
+        "Runs one of the paper's ablations as a grid of recipes, and prints its table beside ours, with which of its\n"
+        "directions agree. By itself on the small corpus of the demo, in minutes; with --test on data and models of\n"
+        "your own, at any size. What several recipes share is done once, and the same command goes on where it\n"
+        "stopped. Without a name: which ablations there are.",
+        "pyvdl ablate order --out ablations",
+    )
+    _add_ablation(p)
     return parser
+
+
+def _add_ablation(p: Parser) -> None:
+    p.add_argument("name", nargs="?", choices=tuple(GRIDS), metavar="NAME", help=", ".join(GRIDS))
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("ablations"),
+        metavar="DIR",
+        help="where everything goes (default: ablations); of all grids the same, so that they share what is done.\n"
+        "The folder of `pyvdl demo` has corpus and image models already",
+    )
+    p.add_argument("--preset", choices=tuple(PRESETS), help="sizes and recipes (default: demo, with --test paper)")
+    p.add_argument("--seed", type=_unsigned, default=0, help="of corpus and training (default: 0)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KIND.A.B=C",
+        help="change a setting of all trainings of a kind (visual.steps=500, language.batch_size=32,\n"
+        "contrastive.optim.peak_learning_rate=3e-4) or of captioning (caption.num_samples=10); again for more",
+    )
+    group = p.add_argument_group("data and models of your own (default: the small corpus and its stand-ins)")
+    group.add_argument("--test", type=Path, metavar="DATA", help="test records: manifest or WebDataset tars")
+    group.add_argument(
+        "--data", type=Path, metavar="DATA", help="labelled: captions, narratives, and instruct's questions"
+    )
+    group.add_argument("--unlabelled", type=Path, metavar="DATA", help="clips to caption, with alt-text")
+    group.add_argument("--vlm", type=Path, metavar="DIR", help="image vision-language model, as adapt takes it")
+    group.add_argument("--encoder", type=Path, metavar="DIR", help="dual encoder to begin with, as train takes it")
+    group.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=DATA",
+        help="instruction data 'pictures' (LLaVA) or 'long answers' (ActivityNet-Instruct), or a language model's\n"
+        "'summary' of each unlabelled clip as its caption; rows without their source are left out; again for more",
+    )
 
 
 def _add_language_model(parser: Parser) -> None:

@@ -12,21 +12,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from pyvdl import __version__, instruct, pretrain
+from pyvdl import __version__, starts
 from pyvdl.caption import caption_records
-from pyvdl.checkpoint import load_model, save_model
+from pyvdl.checkpoint import load_model
 from pyvdl.claims import claims, recovered_gain, verdict
-from pyvdl.config import ClipConfig, Preset, demo
+from pyvdl.clock import Clock
+from pyvdl.config import PRESETS, ClipConfig
 from pyvdl.data import Record
 from pyvdl.evaluate import (
     CaptionScores,
@@ -40,7 +39,7 @@ from pyvdl.evaluate import (
     evaluate_zero_shot,
 )
 from pyvdl.metrics import bootstrap_interval, caption_statistics
-from pyvdl.models.dual_encoder import DualEncoder, inflate
+from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
@@ -48,46 +47,15 @@ from pyvdl.recipes import adapt, train
 from pyvdl.report import save_thumbnail, table, write_report
 from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.storage import write_whole
-from pyvdl.synthetic import ALT_TEXT_NOISE, Corpus, make_corpus, words
-from pyvdl.synthetic.scene import COLORS, KINDS
+from pyvdl.synthetic import ALT_TEXT_NOISE, make_corpus
 from pyvdl.synthetic.words import LABELS
-from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT, WordTokenizer, split_words
+from pyvdl.text import DETAIL_PROMPT, WordTokenizer, split_words
 from pyvdl.train import History
 from pyvdl.video import ClipLoader, ClipRequest, sample_clip
 
 STAGES = ("image", "visual", "language")
 TEXTS = ("alt_text", "pseudo_captions", "human_captions")
-CLIPS = 1500
-ENCODER_STEPS, TEXT_STEPS, IMAGE_STEPS = 300, 300, 400  # of the stand-ins for published models
-SAMPLES = 5  # captions a clip
-TOP_P, TEMPERATURE = 0.95, 0.7  # defaults of LaViLa's narrator: the paper states none
-CAPTION_LENGTH, DETAIL_LENGTH = 28, 48  # tokens
-BATCH = 50  # clips, in evaluation
-TEMPLATES = tuple(f"{words.article(f'{color} {kind}')} {{}}" for color in COLORS for kind in KINDS)  # zero-shot
-
-
-class Clock:
-    """Seconds spent in each phase, those of a start that was stopped included; says on stderr what begins."""
-
-    def __init__(self, path: Path) -> None:
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        self._path = path
-        self._before = sum(self.seconds.values())
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str, says: str) -> Iterator[None]:
-        print(f"[{self.total:5.0f} s] {says}", file=sys.stderr, flush=True)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-            write_whole(self._path, [json.dumps(self.seconds)])
-
-    @property
-    def total(self) -> float:
-        return self._before + time.perf_counter() - self._start
+DETAIL_LENGTH = 48  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,32 +74,20 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     clock = Clock(directory / "seconds.json")
-    with clock.phase("corpus", f"corpus: {CLIPS} clips, rendered and encoded (seed {seed})"):
+    with clock.phase("corpus", f"corpus: {starts.CLIPS} clips, rendered and encoded (seed {seed})"):
         with reporting("video files") as progress:
-            corpus = make_corpus(directory / "corpus", num_clips=CLIPS, seed=seed, progress=progress)
+            corpus = make_corpus(directory / "corpus", num_clips=starts.CLIPS, seed=seed, progress=progress)
         noise = ", ".join(f"{name} {share:.0%}" for name, share in ALT_TEXT_NOISE.items())
         print(f"alt-text noise, fixed beforehand: {noise}", file=sys.stderr)
-    tokenizer = WordTokenizer.from_texts(_texts(corpus))
-    preset = demo(tokenizer.vocab_size)
+    tokenizer = WordTokenizer.from_texts(starts.texts(corpus))
+    preset = PRESETS["demo"](tokenizer.vocab_size)
     clip = dataclasses.replace(preset.visual.clip, crop="center")
     decode = _decode_speed(corpus.test, clip)
 
     histories: dict[str, History] = {}
     work = {name: directory / name for name in ("encoder", *STAGES, *(f"dual_{text}" for text in TEXTS))}
     with clock.phase("pretrain", "image models, from single frames and text (stand-ins for CLIP and PaLI-3)"):
-        histories["encoder"] = pretrain.image_text_encoder(
-            corpus.pictures, tokenizer, preset, work["encoder"], steps=ENCODER_STEPS, seed=seed
-        )
-        histories["text"], histories["pretrain"] = pretrain.image_language_model(
-            corpus.pictures,
-            tokenizer,
-            preset,
-            work["image"],
-            encoder=work["encoder"] / "model",
-            text_steps=TEXT_STEPS,
-            steps=IMAGE_STEPS,
-            seed=seed,
-        )
+        histories |= starts.image_models(corpus, tokenizer, preset, directory, seed)
     changes = (f"seed={seed}",)
     with clock.phase("visual", "visual stage: the vision tower learns from short captions"):
         start = work["image"] / "model"
@@ -140,17 +96,17 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
         )
     with clock.phase("language", "language stage: the language model learns from instruction data"):
         start = work["visual"] / "model"
-        taught = [_instructed(record) for record in corpus.train]
+        taught = [starts.instructed(record) for record in corpus.train]
         histories["language"] = adapt(
             "language", taught, work["language"], start=start, preset="demo", assignments=changes
         )
     with clock.phase("evaluate", "evaluation of the three language models on the test part"):
         stages = {name: _evaluate_stage(work[name] / "model", corpus.test, clip, seed) for name in STAGES}
-    with clock.phase("caption", f"captions of the unlabelled clips, {SAMPLES} each by nucleus sampling"):
+    with clock.phase("caption", f"captions of the unlabelled clips, {starts.SAMPLES} each by nucleus sampling"):
         rows = _caption(stages["language"].model, tokenizer, corpus.unlabelled, clip, directory / "captions", seed)
     encoders: dict[str, DualEncoder] = {}
     with clock.phase("dual_encoder", "dual encoders, three times from the same start"):
-        _inflate(work["encoder"] / "model", directory / "dual_start", preset, seed)
+        starts.inflated(work["encoder"] / "model", directory / "dual_start", preset, seed)
         records = dict(zip(TEXTS, _captioned(corpus.unlabelled, rows), strict=True))
         for text in TEXTS:
             out, start = work[f"dual_{text}"], directory / "dual_start"
@@ -205,29 +161,11 @@ def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     return page
 
 
-def _texts(corpus: Corpus) -> Iterator[str]:
-    """What the tokenizer learns its words from: the train part alone."""
-    yield from (CAPTION_PROMPT, DETAIL_PROMPT, QUESTION_PROMPT.format(question=""), *LABELS.values())
-    for record in corpus.train:
-        yield from record.captions
-        yield instruct.describe(record.narrative or "")
-        yield record.alt_text or ""
-        for question in record.questions:
-            yield from (question.question, question.answer)
-    for record in corpus.pictures:
-        yield from record.captions
-
-
-def _instructed(record: Record) -> Record:
-    """The record with the questions the template generator finds in its narrative, in place of the corpus's own."""
-    return dataclasses.replace(record, questions=tuple(instruct.generate(record.narrative or "")))
-
-
 def _decode_speed(records: Sequence[Record], clip: ClipConfig) -> dict[str, Any]:
     """Clips a second of the decoder alone, all cores, on the test part."""
     threads = os.cpu_count() or 1
     requests = [ClipRequest(r.source, r.start_seconds, r.end_seconds, 0) for r in records]
-    loader = ClipLoader(requests, batch_size=BATCH, num_threads=threads, prefetch=2, **dataclasses.asdict(clip))
+    loader = ClipLoader(requests, batch_size=starts.BATCH, num_threads=threads, prefetch=2, **dataclasses.asdict(clip))
     begin = time.perf_counter()
     good = sum(int(batch.ok.sum()) for batch in loader)
     rate = good / (time.perf_counter() - begin)
@@ -237,8 +175,8 @@ def _decode_speed(records: Sequence[Record], clip: ClipConfig) -> dict[str, Any]
 def _evaluate_stage(path: Path, records: Sequence[Record], clip: ClipConfig, seed: int) -> Stage:
     model, tokenizer = load_model(path)
     assert isinstance(model, VLM)
-    options: dict[str, Any] = {"clip": clip, "batch_size": BATCH, "seed": seed}
-    captions = evaluate_captions(model, tokenizer, records, max_length=CAPTION_LENGTH, **options)
+    options: dict[str, Any] = {"clip": clip, "batch_size": starts.BATCH, "seed": seed}
+    captions = evaluate_captions(model, tokenizer, records, max_length=starts.CAPTION_LENGTH, **options)
     questions = evaluate_questions(model, tokenizer, records, max_length=12, **options)
     rows = caption_records(
         model,
@@ -248,7 +186,7 @@ def _evaluate_stage(path: Path, records: Sequence[Record], clip: ClipConfig, see
         prompt=DETAIL_PROMPT,
         max_length=DETAIL_LENGTH,
         temperature=0.0,
-        batch_size=BATCH,
+        batch_size=starts.BATCH,
     )
     details = [row.captions[0] if row.captions else "" for row in rows]
     recall = [_recall(text, record.extra["facts"]) for text, record in zip(details, records, strict=True)]
@@ -269,15 +207,15 @@ def _caption(
             tokenizer,
             records,
             out,
-            shard_size=2 * BATCH,
+            shard_size=2 * starts.BATCH,
             progress=report,
             clip=clip,
-            num_samples=SAMPLES,
-            max_length=CAPTION_LENGTH,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
+            num_samples=starts.SAMPLES,
+            max_length=starts.CAPTION_LENGTH,
+            temperature=starts.TEMPERATURE,
+            top_p=starts.TOP_P,
             seed=seed,
-            batch_size=BATCH,
+            batch_size=starts.BATCH,
         )
     return list(read_captions(out))
 
@@ -292,24 +230,16 @@ def _captioned(
     return alt, pseudo, list(records)
 
 
-def _inflate(image_encoder: Path, out: Path, preset: Preset, seed: int) -> None:
-    """The start of all three dual encoders: the image-text encoder with a random temporal embedding (section 1.3)."""
-    model, tokenizer = load_model(image_encoder)
-    assert isinstance(model, DualEncoder)
-    video = inflate(model, preset.dual_encoder.vision.num_frames, rngs=nnx.Rngs(seed))
-    save_model(out, video, video.config, tokenizer)
-
-
 def _evaluate_encoder(
     model: DualEncoder, tokenizer: WordTokenizer, records: Sequence[Record], clip: ClipConfig, seed: int
 ) -> dict[str, Any]:
     """Retrieval with the first caption of each clip as query, zero-shot classes on the clips that have one."""
-    videos = embed_videos(model, records, clip=clip, batch_size=BATCH)
+    videos = embed_videos(model, records, clip=clip, batch_size=starts.BATCH)
     texts = embed_texts(model, tokenizer, [record.captions[0] for record in records])
     found = evaluate_retrieval(videos, texts, seed=seed)
     names = list(LABELS.values())
     labelled = [i for i, record in enumerate(records) if record.label is not None]
-    classes = class_embeddings(model, tokenizer, names, TEMPLATES)
+    classes = class_embeddings(model, tokenizer, names, starts.TEMPLATES)
     labels = [names.index(records[i].label or "") for i in labelled]
     zero = evaluate_zero_shot(videos[labelled], classes, labels, seed=seed)
     scores: dict[str, Any] = {}

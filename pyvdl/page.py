@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ THEMES = {
         "paper": "#ffffff", "ink": "#1d1c1a", "muted": "#6d6a64", "line": "#e4e1da",
         "image": "#a3a29e", "visual": "#3f78c9", "language": "#0f8a72",
         "alt_text": "#a3a29e", "pseudo_captions": "#d9731a", "human_captions": "#7656b8",
+        "good": "#16784a", "bad": "#b3372b",
     },
     "dark": {
         "paper": "#1e1f23", "ink": "#ebe8e2", "muted": "#a3a09a", "line": "#3a3b41",
         "image": "#85868b", "visual": "#6d9fe8", "language": "#35b395",
         "alt_text": "#85868b", "pseudo_captions": "#f0964a", "human_captions": "#a58be0",
+        "good": "#5fc792", "bad": "#f08a7c",
     },
 }  # fmt: skip
 _NEEDS = "a page needs matplotlib, Pillow and Jinja2: pip install 'matplotlib>=3.9' 'pillow>=10' 'jinja2>=3.1'"
@@ -80,10 +82,16 @@ def draw(figures: Callable[[Mapping[str, str]], Mapping[str, Figure]]) -> Plots:
 
 def new_figure() -> tuple[Figure, Any]:
     """A figure of the size that pages show, and its axes."""
+    figure, (axes,) = new_panels(1)
+    return figure, axes
+
+
+def new_panels(count: int, *, widths: Sequence[float] | None = None, share: bool = True) -> tuple[Figure, Any]:
+    """The same with axes side by side, of relative `widths`; they have one vertical scale unless `share` is False."""
     from matplotlib.figure import Figure  # not pyplot: no global state and no backend to choose, savefig uses Agg
 
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, count, sharey=share, width_ratios=widths, squeeze=False)[0]
 
 
 def frame_image(frame: np.ndarray) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyvdl import config, demo, recipes
+from pyvdl import config, demo, starts
 from pyvdl.config import Preset, T5Config, TrainConfig
 from pyvdl.data import Question, Record
 from pyvdl.train import History
@@ -69,13 +69,12 @@ class Ran:
 @pytest.fixture(scope="module")
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "CLIPS", CLIPS)
+        patch.setattr(starts, "CLIPS", CLIPS)
         for name in ("ENCODER_STEPS", "TEXT_STEPS", "IMAGE_STEPS"):
-            patch.setattr(demo, name, PRETRAIN_STEPS)
-        patch.setattr(demo, "SAMPLES", 2)
-        patch.setattr(demo, "BATCH", 8)
-        patch.setattr(demo, "demo", tiny)
-        patch.setitem(recipes.PRESETS, "demo", tiny)
+            patch.setattr(starts, name, PRETRAIN_STEPS)
+        patch.setattr(starts, "SAMPLES", 2)
+        patch.setattr(starts, "BATCH", 8)
+        patch.setitem(config.PRESETS, "demo", tiny)
         yield
 
 
@@ -224,7 +223,7 @@ def test_details_are_held_against_whole_words() -> None:
 def test_language_stage_gets_questions_from_the_narrative_not_from_the_corpus() -> None:
     question = Question("what color is the moon?", "white", "short")
     told = "<red ball> a red ball is in the middle, first it grows slowly. <background> grass drifts up."
-    taught = demo._instructed(record(narrative=told, questions=(question,)))
+    taught = starts.instructed(record(narrative=told, questions=(question,)))
     assert taught.questions
     assert question not in taught.questions
 

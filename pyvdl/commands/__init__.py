@@ -3,6 +3,7 @@
 What a command needs is imported inside it, so that help and mistakes answer at once.
 """
 
+from pyvdl.commands.ablations import ablate
 from pyvdl.commands.captioning import caption, stats, status
 from pyvdl.commands.common import UsageError
 from pyvdl.commands.data import MODEL_ONLY, instruct, prepare, probe
@@ -13,6 +14,7 @@ from pyvdl.commands.training import adapt, plan, train
 __all__ = [
     "MODEL_ONLY",
     "UsageError",
+    "ablate",
     "adapt",
     "caption",
     "embed",

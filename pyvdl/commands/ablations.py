@@ -1,0 +1,63 @@
+"""ablate: the paper's tables as grids of recipes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyvdl.commands.common import UsageError, print_table
+
+if TYPE_CHECKING:
+    from pyvdl.ablate.world import World
+
+
+def ablate(arguments: argparse.Namespace) -> int:
+    from pyvdl.ablate import GRIDS
+
+    if arguments.name is None:
+        print_table(
+            ["name", "rows", "of the paper", "asks"],
+            [[grid.name, len(grid.rows), grid.source, grid.asks] for grid in GRIDS.values()],
+        )
+        return 0
+    world = _world(arguments)
+    from pyvdl.ablate.page import table, write_results
+    from pyvdl.ablate.run import run_grid
+
+    grid = GRIDS[arguments.name]
+    outcome = run_grid(grid, world, arguments.out)
+    page = write_results(grid, outcome, world, arguments.out)
+    print(table(grid, outcome))
+    print(f"\npage: {page}")
+    return 0
+
+
+def _world(arguments: argparse.Namespace) -> World:
+    """What the grid begins with, after the mistakes in the command have been told."""
+    from pyvdl.ablate.world import SOURCES, read_changes, toy_world, user_world
+
+    preset = arguments.preset or ("demo" if arguments.test is None else "paper")
+    try:
+        read_changes(arguments.set, preset)
+    except ValueError as error:
+        raise UsageError(f"--set {error}") from None
+    settings = {"preset": preset, "seed": arguments.seed, "assignments": arguments.set}
+    brought = {
+        "labelled": arguments.data,
+        "unlabelled": arguments.unlabelled,
+        "vlm": arguments.vlm,
+        "encoder": arguments.encoder,
+    }
+    sources = {}
+    for text in arguments.source:
+        name, separator, path = text.partition("=")
+        if not separator or name not in SOURCES:
+            raise UsageError(f"--source {text}: expected NAME=DATA with one of {', '.join(SOURCES)}")
+        sources[name] = Path(path)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.test is not None:
+        return user_world(arguments.out, test=arguments.test, sources=sources, **brought, **settings)
+    if sources or any(brought.values()):
+        raise UsageError("data and models of your own need --test, the clips to measure them on")
+    return toy_world(arguments.out, **settings)
