@@ -55,8 +55,8 @@ class Judged:
     better: str  # keys of rows
     worse: str
     score: str
-    source: str  # the paper's column, or the words it is told by
-    paper: float | None  # how much above; None: told without figures
+    paper: tuple[tuple[str, float], ...]  # columns, and how much it is above there; (): told without figures
+    told: str | None  # the words it is told by
     ours: Score  # better minus worse
     seed: float  # what another seed alone changes in this score
     verdict: Verdict
@@ -68,33 +68,33 @@ def judge(grid: Grid, scores: Mapping[str, Mapping[str, Items]], again: Mapping[
     scores: of the rows that were run, by row and score; directions of others are left out. again: of the row
     `grid.again`, trained with another seed.
     """
-    found = []
+    found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for one, other in grid.pairs:
         for i, column in enumerate(grid.columns):
             first, second = (grid.paper(grid.row(key))[i] for key in (one, other))
-            if first is None or second is None or first == second or not {one, other} <= set(scores):
-                continue
-            better, worse = (one, other) if first > second else (other, one)
-            found.append(_judged(grid, scores, again, better, worse, column.score, column.title, abs(first - second)))
-    for told in grid.told:
-        if {told.better, told.worse} <= set(scores):
-            found.append(_judged(grid, scores, again, told.better, told.worse, told.score, told.source, None))
-    return found
+            if first is not None and second is not None and first != second:
+                way = (one, other) if first > second else (other, one)
+                found.setdefault((*way, column.score), []).append((column.title, abs(first - second)))
+    words = {(told.better, told.worse, told.score): told.source for told in grid.told}
+    return [
+        _judged(grid, scores, again, way, tuple(found.get(way, ())), words.get(way))
+        for way in (*found, *words)
+        if {*way[:2]} <= set(scores)
+    ]
 
 
 def _judged(
     grid: Grid,
     scores: Mapping[str, Mapping[str, Items]],
     again: Mapping[str, Items],
-    better: str,
-    worse: str,
-    score: str,
-    source: str,
-    paper: float | None,
+    way: tuple[str, str, str],
+    paper: tuple[tuple[str, float], ...],
+    told: str | None,
 ) -> Judged:
+    better, worse, score = way
     ours = scores[better][score].minus(scores[worse][score])
     seed = abs(float(scores[grid.again][score].values.mean() - again[score].values.mean()))
-    return Judged(better, worse, score, source, paper, ours, seed, verdict(ours, seed))
+    return Judged(better, worse, score, paper, told, ours, seed, verdict(ours, seed))
 
 
 def verdict(ours: Score, seed: float) -> Verdict:

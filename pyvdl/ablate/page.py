@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyvdl
+from pyvdl.config import override
 from pyvdl.page import draw, write_page
 from pyvdl.storage import write_whole
 
@@ -48,6 +49,7 @@ def write_results(grid: Grid, outcome: Outcome, world: World, out: Path) -> Path
         rows=[_shown(grid, outcome, row) for row in grid.rows],
         directions=[_direction(grid, one) for one in outcome.judged],
         how=HOW,
+        stand_ins=_stand_ins(grid),
         scores={score: SCORES[score] for score in grid.scores},
         seconds=sum(outcome.seconds.values()),
         settings=_settings(grid, world),
@@ -58,26 +60,38 @@ def write_results(grid: Grid, outcome: Outcome, world: World, out: Path) -> Path
 
 def table(grid: Grid, outcome: Outcome) -> str:
     """The paper's table beside ours as aligned plain text, the directions, and what is not the paper's about it."""
-    header = [grid.source, *(f"paper: {column.title}" for column in grid.columns)]
-    header += [f"ours: {SCORES[score][0]}" for score in grid.scores]
-    rows = [header]
+    rows = [
+        ["", *("the paper" for _ in grid.columns), *("ours" for _ in grid.scores)],
+        ["", *(column.title.rpartition(" ")[0] for column in grid.columns), *("" for _ in grid.scores)],
+        [grid.source, *(column.title.rpartition(" ")[2] for column in grid.columns)],
+    ]
+    rows[-1] += [SCORES[score][0] for score in grid.scores]
     for row in grid.rows:
         shown = _shown(grid, outcome, row)
         ours = [f"{cell['value']} {cell['interval']}".strip() for cell in shown["ours"]]
         rows.append([f"{row.label}{' *' if row.stand_in else ''}", *shown["paper"], *ours])
-    widths = [max(len(line[i]) for line in rows) for i in range(len(header))]
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in rows]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    lines.insert(3, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     lines += ["", summary(outcome.judged)]
     for one in outcome.judged:
         shown = _direction(grid, one)
         lines.append(f"  {one.verdict:9}  {shown['claim']}: {shown['figures']}")
     told = [HOW, *grid.notes]
-    told += [f"* {row.label}: {row.stand_in}." for row in grid.rows if row.stand_in and row.stand_in != "as above"]
+    told += [f"* {name}: {stand_in}." for stand_in, name in _stand_ins(grid).items()]
     told += [f"{grid.row(key).label} was left out: it needs {lack}." for key, lack in outcome.left_out.items()]
     for note in dict.fromkeys(told):
         lines += ["", *textwrap.wrap(note, 118)]
     return "\n".join(lines)
+
+
+def _stand_ins(grid: Grid) -> dict[str, str]:
+    """What stands for the paper's source at toy size, each once, and the row or curve that it is in."""
+    found: dict[str, str] = {}
+    for row in grid.rows:
+        if row.stand_in:
+            found.setdefault(row.stand_in, row.curve or row.label)
+    return found
 
 
 def _shown(grid: Grid, outcome: Outcome, row: Row) -> dict[str, Any]:
@@ -102,11 +116,8 @@ def _shown(grid: Grid, outcome: Outcome, row: Row) -> dict[str, Any]:
 
 def _direction(grid: Grid, one: Judged) -> dict[str, str]:
     better, worse = grid.row(one.better).label, grid.row(one.worse).label
-    paper = (
-        f"the paper {one.paper:+.1f} ({one.source})"
-        if one.paper is not None
-        else f"the paper without figures ({one.source})"
-    )
+    columns = ", ".join(f"{difference:+.1f} in {column}" for column, difference in one.paper)
+    paper = f"the paper {columns}" if columns else f"the paper without figures ({one.told})"
     ours = f"ours {one.ours.value:+.1f} [{one.ours.low:+.1f}, {one.ours.high:+.1f}]"
     return {
         "mark": _MARKS[one.verdict],
@@ -140,11 +151,9 @@ def _settings(grid: Grid, world: World) -> dict[str, str]:
     if kinds & {Captions, Train}:
         found["unlabelled clips"] = f"{len(world.unlabelled):,}"
     for name in trainings:
-        config, optim = getattr(sizes, name), getattr(sizes, name).optim
-        how = f"{optim.name} {optim.peak_learning_rate:g}"
+        config = override(getattr(sizes, name), world.changes.get(name, ()))
+        how = f"{config.optim.name} {config.optim.peak_learning_rate:g}"
         found[f"{name} training"] = f"{config.steps:,} steps of {config.batch_size} clips, {how}"
-        if changed := world.changes.get(name):  # type: ignore[call-overload]
-            found[f"{name} training"] += f"; changed: {', '.join(changed)}"
     if Captions in kinds:
         drawing = world.drawing
         found["captions"] = (

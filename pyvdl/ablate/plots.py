@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -68,7 +68,9 @@ def _rows(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]) 
         axis.set_ylim(-0.6, len(rows) - 0.25)
         axis.grid(axis="y", linewidth=0.7)
         axis.margins(x=0.16)
-    axes[0].set_yticks(at, [_wrapped(row.label + (" *" if row.stand_in else "")) for row in rows], fontsize=8.5)
+    axes[0].set_yticks(
+        at, [_wrapped(row.label + (" *" if row.stand_in else "")) for row in rows], fontsize=8.5, color=colours["ink"]
+    )
     return figure
 
 
@@ -111,24 +113,21 @@ def _curves(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]
 
 def _directions(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]) -> Figure:
     """Our differences of rows that the paper has in this order, with paired 95% intervals; the band is the seed's."""
-    judged: dict[tuple[str, str], Any] = {}
-    for one in outcome.judged:  # columns that agree in their direction are one line
-        if one.score == score:
-            judged.setdefault((one.better, one.worse), one)
+    judged = [one for one in outcome.judged if one.score == score]
     figure, axes = new_figure()
-    seed = next(iter(judged.values())).seed
+    seed = judged[0].seed
     axes.axvspan(-seed, seed, color=colours["line"], alpha=0.9, linewidth=0)
     axes.axvline(0, color=colours["muted"], linewidth=1)
     tint = {"agrees": colours["good"], "does not": colours["bad"], "undecided": colours["muted"]}
     at = np.arange(len(judged))[::-1]
-    for y, one in zip(at, judged.values()):
+    for y, one in zip(at, judged):
         colour = tint[one.verdict]
         axes.plot([one.ours.low, one.ours.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt", alpha=0.6)
         axes.plot(one.ours.value, y, "o", color=colour, markersize=6)
         text = f"{one.ours.value:+.1f}  {one.verdict}"
         axes.annotate(text, (one.ours.value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    labels = [f"{grid.row(better).label}\nabove {grid.row(worse).label}" for better, worse in judged]
-    axes.set_yticks(at, labels, fontsize=8)
+    labels = [f"{grid.row(one.better).label}\nabove {grid.row(one.worse).label}" for one in judged]
+    axes.set_yticks(at, labels, fontsize=8, color=colours["ink"])
     axes.set_ylim(-0.6, len(judged) - 0.25)
     axes.margins(x=0.12)
     axes.set_xlabel(f"difference in {SCORES[score][0]}, ours", fontsize=9)

@@ -23,9 +23,12 @@ from pyvdl.text import WordTokenizer
 from .stand_ins import about_pictures, long_answers
 from .steps import Adapt, Captions, ImageModel, Lesson, Stage, Step, Train
 
-Kind = Literal["visual", "language", "contrastive", "caption"]  # what a setting of --set belongs to
 SOURCES = ("pictures", "long answers", "summary")  # of the paper's, which have stand-ins at toy size
-_KIND: dict[Stage, Kind] = {"visual": "visual", "language": "language", "prompt": "language"}
+TOY_CHANGES: dict[str, tuple[str, ...]] = {
+    "visual": ("steps=400",),
+    "language": ("steps=500",),
+}  # the demo's: 600, 800
+_KIND: dict[Stage, Literal["visual", "language"]] = {"visual": "visual", "language": "language", "prompt": "language"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class World:
     encoder: Path | None  # the dual encoder that all begin with, of video
     preset: str
     seed: int
-    changes: Mapping[Kind, tuple[str, ...]]
+    changes: Mapping[str, tuple[str, ...]]  # by the kind of training: visual, language, contrastive
     drawing: Drawing
     lessons: Mapping[Lesson, Sequence[Record]] = field(default_factory=dict)  # instruction data of other sources
     summaries: Mapping[str, str] | None = None  # of each clip, by a language model; None: the template merges
@@ -146,10 +149,10 @@ def _files(folder: Path | None) -> list[tuple[str, int, int]]:
     return [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
-def read_changes(assignments: Iterable[str], preset: str) -> tuple[dict[Kind, tuple[str, ...]], list[str]]:
+def read_changes(assignments: Iterable[str], preset: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """KIND.a.b=c of the command line, by kind: those of trainings, checked, and those of `Drawing` ("a=c")."""
     sizes = PRESETS[preset](8)
-    changes: dict[Kind, tuple[str, ...]] = {}
+    changes: dict[str, tuple[str, ...]] = {}
     drawing = []
     for assignment in assignments:
         kind, _, change = assignment.partition(".")
@@ -173,9 +176,12 @@ def read_changes(assignments: Iterable[str], preset: str) -> tuple[dict[Kind, tu
 def toy_world(directory: Path, *, preset: str = "demo", seed: int = 0, assignments: Iterable[str] = ()) -> World:
     """The small corpus and the stand-ins for published models, made below `directory` where they are not there yet.
 
-    They stand where the demo puts its own, which are the same: in its folder nothing of this is done again.
+    They stand where the demo puts its own, which are the same: in its folder nothing of this is done again. The stages
+    are shorter than the demo's (`TOY_CHANGES`), since a grid has many of them.
     """
-    changes, drawing = read_changes(assignments, preset)
+    asked, drawing = read_changes(assignments, preset)
+    shorter = TOY_CHANGES if preset == "demo" else {}
+    changes = {kind: (*shorter.get(kind, ()), *asked.get(kind, ())) for kind in {**shorter, **asked}}
     with reporting("video files") as progress:
         corpus = make_corpus(directory / "corpus", num_clips=starts.CLIPS, seed=seed, progress=progress)
     tokenizer = WordTokenizer.from_texts(starts.texts(corpus))
