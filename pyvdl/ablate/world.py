@@ -153,23 +153,20 @@ def read_changes(assignments: Iterable[str], preset: str) -> tuple[dict[str, tup
     """KIND.a.b=c of the command line, by kind: those of trainings, checked, and those of `Drawing` ("a=c")."""
     sizes = PRESETS[preset](8)
     changes: dict[str, tuple[str, ...]] = {}
-    drawing = []
     for assignment in assignments:
         kind, _, change = assignment.partition(".")
-        match kind:
-            case "visual" | "language":
-                override_training(getattr(sizes, kind), sizes.vlm, [change])
-            case "contrastive":
-                override_training(sizes.contrastive, sizes.dual_encoder, [change])
-            case "caption":
-                override(Drawing(), [change])
-                drawing.append(change)
-                continue
-            case _:
-                raise ValueError(f"{assignment!r} begins with none of visual., language., contrastive., caption.")
+        if kind not in ("visual", "language", "contrastive", "caption"):
+            raise ValueError(f"{assignment!r} begins with none of visual., language., contrastive., caption.")
         if change.startswith(("seed=", "trainable=", "model.")):
             raise ValueError(f"{assignment}: the grid sets that")
         changes[kind] = (*changes.get(kind, ()), change)
+    drawing = list(changes.pop("caption", ()))
+    override(Drawing(), drawing)
+    for kind, found in changes.items():
+        if kind == "contrastive":
+            override_training(sizes.contrastive, sizes.dual_encoder, found)
+        else:
+            override_training(getattr(sizes, kind), sizes.vlm, found)
     return changes, drawing
 
 
