@@ -74,7 +74,17 @@ setup(
         "pyvdl",
         *(
             f"pyvdl.{name}"
-            for name in ("commands", "datasets", "evaluate", "instruct", "kernels", "metrics", "models", "synthetic")
+            for name in (
+                "ablate",
+                "commands",
+                "datasets",
+                "evaluate",
+                "instruct",
+                "kernels",
+                "metrics",
+                "models",
+                "synthetic",
+            )
         ),
     ],
     package_dir={"pyvdl": "pyvdl", "pyvdl.kernels": "kernels"},

@@ -41,6 +41,10 @@ FORBIDDEN = {
     "pyvdl.benchmarks": {"jax", "flax", "pyvdl"},
     "pyvdl.evaluate": {"pyvdl.train", "pyvdl.recipes", "pyvdl.instruct"},
     "pyvdl.instruct": {"pyvdl.train", "pyvdl.evaluate", "pyvdl.recipes"},
+    "pyvdl.ablate.steps": {"jax", "flax", "pyvdl.data"},
+    "pyvdl.ablate.grids": {"jax", "flax", "pyvdl.data"},  # the command line lists them
+    "pyvdl.starts": {"pyvdl.recipes", "pyvdl.caption", "pyvdl.evaluate"},
+    "pyvdl.clock": {"jax", "flax", "pyvdl.data"},
     "pyvdl.log": {"pyvdl.data", "pyvdl.models", "pyvdl.train", "pyvdl.video"},
     "pyvdl.train": {"pyvdl.caption", "pyvdl.evaluate", "pyvdl.instruct", "pyvdl.demo"},
 }

@@ -22,8 +22,8 @@ from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, fraction, model_clip, train
 from pyvdl.rows import captions_by_key, read_captions
-from pyvdl.storage import Folder, hold, read_object, write_whole
-from pyvdl.video import VideoDecoder
+from pyvdl.storage import read_object, write_whole
+from pyvdl.video import DecodeError, VideoDecoder
 
 from .grids import SCORES, Grid
 from .judge import Items, Judged, judge
@@ -192,10 +192,16 @@ class Work:
 
 
 def _windows(record: Record, count: int) -> list[Record]:
-    """Equal parts of a clip; their middles are the frames of uniform sampling."""
+    """Equal parts of a clip; their middles are the frames of uniform sampling.
+
+    One that cannot be opened has parts too: the job then has a failed row for each.
+    """
     end = record.end_seconds
     if end is None:
-        end = VideoDecoder(record.source).metadata.duration_seconds
+        try:
+            end = VideoDecoder(record.source).metadata.duration_seconds
+        except DecodeError:
+            end = record.start_seconds + count
     seconds = (end - record.start_seconds) / count
     starts = [record.start_seconds + i * seconds for i in range(count)]
     return [record.part(i, start, start + seconds) for i, start in enumerate(starts)]
@@ -205,29 +211,26 @@ def run_grid(grid: Grid, world: World, out: Path) -> Outcome:
     """Carries out what is missing of the grid below `out`, and judges its directions.
 
     Rows that need what the world does not have are left out; ValueError where that is all of them, or the row that is
-    trained twice. RuntimeError where another run works in `out`.
+    trained twice. Two runs must not work in `out` at the same time.
     """
     lacking = {row.key: lack for row in grid.rows if (lack := _lacks(row.recipe, world))}
     if len(lacking) == len(grid.rows) or grid.again in lacking:
         raise ValueError(f"{grid.name} needs {lacking.get(grid.again) or next(iter(lacking.values()))}")
     recipes = {row.key: row.recipe for row in grid.rows if row.key not in lacking}
-    with hold(Folder(out)):
-        work = Work(world, out, Clock(out / "seconds.json"))
-        todo = [*recipes.values(), grid.repeated()]
-        steps = list(dict.fromkeys(s for r in todo if not isinstance(r, ImageModel) for s in order(r)))
-        missing = [step for step in steps if not work.done(step)]
-        print(f"{grid.name}: {len(steps)} steps, {len(steps) - len(missing)} done before", file=sys.stderr, flush=True)
-        for i, step in enumerate(missing, 1):
-            with work.clock.phase(work.name(step), f"{i}/{len(missing)}  {describe(step)}"):
-                work.carry_out(step)
-        unmeasured = [recipe for recipe in dict.fromkeys(todo) if not work.measured(recipe)]
-        for i, recipe in enumerate(unmeasured, 1):
-            with work.clock.phase(
-                f"{work.name(recipe)} scores", f"{i}/{len(unmeasured)}  scores of: {describe(recipe)}"
-            ):
-                work.scores(recipe)
-        scores = {key: work.scores(recipe) for key, recipe in recipes.items()}
-        again = work.scores(grid.repeated())
+    work = Work(world, out, Clock(out / "seconds.json"))
+    todo = [*recipes.values(), grid.repeated()]
+    steps = list(dict.fromkeys(s for r in todo if not isinstance(r, ImageModel) for s in order(r)))
+    missing = [step for step in steps if not work.done(step)]
+    print(f"{grid.name}: {len(steps)} steps, {len(steps) - len(missing)} done before", file=sys.stderr, flush=True)
+    for i, step in enumerate(missing, 1):
+        with work.clock.phase(work.name(step), f"{i}/{len(missing)}  {describe(step)}"):
+            work.carry_out(step)
+    unmeasured = [recipe for recipe in dict.fromkeys(todo) if not work.measured(recipe)]
+    for i, recipe in enumerate(unmeasured, 1):
+        with work.clock.phase(f"{work.name(recipe)} scores", f"{i}/{len(unmeasured)}  scores of: {describe(recipe)}"):
+            work.scores(recipe)
+    scores = {key: work.scores(recipe) for key, recipe in recipes.items()}
+    again = work.scores(grid.repeated())
     for score in grid.scores:
         if score not in again:
             raise ValueError(f"{grid.name} shows {score}: the test clips have no {SCORES[score][1]} to measure it with")

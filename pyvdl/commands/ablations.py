@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,20 +23,24 @@ def ablate(arguments: argparse.Namespace) -> int:
             [[grid.name, len(grid.rows), grid.source, grid.asks] for grid in GRIDS.values()],
         )
         return 0
-    world = _world(arguments)
+    make_world = _checked(arguments)
     from pyvdl.ablate.page import table, write_results
     from pyvdl.ablate.run import run_grid
+    from pyvdl.storage import Folder, hold
 
     grid = GRIDS[arguments.name]
-    outcome = run_grid(grid, world, arguments.out)
-    page = write_results(grid, outcome, world, arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with hold(Folder(arguments.out)):
+        world = make_world()
+        outcome = run_grid(grid, world, arguments.out)
+        page = write_results(grid, outcome, world, arguments.out)
     print(table(grid, outcome))
     print(f"\npage: {page}")
     return 0
 
 
-def _world(arguments: argparse.Namespace) -> World:
-    """What the grid begins with, after the mistakes in the command have been told."""
+def _checked(arguments: argparse.Namespace) -> Callable[[], World]:
+    """Tells the mistakes in the command; then what makes that which the grid begins with."""
     from pyvdl.ablate.world import SOURCES, read_changes, toy_world, user_world
 
     preset = arguments.preset or ("demo" if arguments.test is None else "paper")
@@ -55,9 +61,8 @@ def _world(arguments: argparse.Namespace) -> World:
         if not separator or name not in SOURCES:
             raise UsageError(f"--source {text}: expected NAME=DATA with one of {', '.join(SOURCES)}")
         sources[name] = Path(path)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.test is not None:
-        return user_world(arguments.out, test=arguments.test, sources=sources, **brought, **settings)
+        return partial(user_world, arguments.out, test=arguments.test, sources=sources, **brought, **settings)
     if sources or any(brought.values()):
         raise UsageError("data and models of your own need --test, the clips to measure them on")
-    return toy_world(arguments.out, **settings)
+    return partial(toy_world, arguments.out, **settings)
