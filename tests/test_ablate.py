@@ -275,6 +275,7 @@ ENCODERS = dataclasses.replace(
     rows=tuple(GRIDS["caption-source"].row(key) for key in ("alt-text", "summary", "V")),
     pairs=(("summary", "alt-text"), ("V", "summary")),
     again="alt-text",
+    scores=("R@1",),
 )
 MODELS = dataclasses.replace(
     GRIDS["self-training"],
