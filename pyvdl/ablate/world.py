@@ -24,10 +24,11 @@ from .stand_ins import about_pictures, long_answers
 from .steps import Adapt, Captions, ImageModel, Lesson, Stage, Step, Train
 
 SOURCES = ("pictures", "long answers", "summary")  # of the paper's, which have stand-ins at toy size
-TOY_CHANGES: dict[str, tuple[str, ...]] = {
+TOY_CHANGES: dict[str, tuple[str, ...]] = {  # the demo has 600, 800, 120
     "visual": ("steps=400",),
     "language": ("steps=500",),
-}  # the demo's: 600, 800
+    "contrastive": ("steps=80",),
+}
 _KIND: dict[Stage, Literal["visual", "language"]] = {"visual": "visual", "language": "language", "prompt": "language"}
 
 
