@@ -6,11 +6,18 @@ counts as a miss, never as absent, and its number is reported as `failed`. Rows 
 
 from pyvdl.evaluate.blocks import count_ahead_in_blocks
 from pyvdl.evaluate.embeddings import class_embeddings, embed_texts, embed_videos
-from pyvdl.evaluate.retrieval import RetrievalScores, ZeroShotScores, evaluate_retrieval, evaluate_zero_shot
+from pyvdl.evaluate.retrieval import (
+    RECALL_AT,
+    RetrievalScores,
+    ZeroShotScores,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+)
 from pyvdl.evaluate.scores import CaptionScores, ChoiceScores, QuestionScores, score_answers
 from pyvdl.evaluate.texts import evaluate_captions, evaluate_choices, evaluate_questions
 
 __all__ = [
+    "RECALL_AT",
     "CaptionScores",
     "ChoiceScores",
     "QuestionScores",
