@@ -7,6 +7,8 @@ given and writes them itself: of rows, frames and parameters nothing passes thro
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import socket
 import threading
@@ -30,7 +32,7 @@ from pyvdl.sources import is_url
 from pyvdl.storage import Folder, hold, refuse_another
 
 _AHEAD = 2  # shards that a worker has at a time: it decodes the second while the device is at the first
-_LOSSES = 5  # workers over one shard, or of one worker before it finishes a shard, until it is given up
+_LOSSES = 5  # workers over one shard, or in one worker's place before one finishes a shard, until it is given up
 _NOTE_SECONDS = 10.0  # between notes while no shard ends
 _TOLD = 3  # failed shards whose reasons an error tells
 
@@ -118,7 +120,7 @@ class Worker:
                             apart += begun
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # nobody would get an answer any more: Ray sees a process that ends, and starts another
+            os._exit(1)  # nobody would get an answer any more: the driver sees a process that ends, and begins another
 
     def _captioned(
         self, job: Job, decoder: DecoderProcess, tasks: Iterable[_Task], begun: deque[_Task]
@@ -185,9 +187,10 @@ def caption_on_cluster(
     workers: how many to ask for; who finds no place yet begins when there is one (None: as many as have a place now).
     needs: what one of them takes of a host, by Ray's names: CPU (1 unless it is named), GPU, TPU, memory, ...
 
-    A worker that is lost is started again on whatever host has a place, and its shards go to the next that is free. A
-    shard that fails by itself is tried by another worker, then left out: RuntimeError names it when all others are
-    done. OSError where a shard cannot be written.
+    In the place of a worker that is lost another begins on whatever host has room, and its shards go to the next that
+    is free. After five in a row that were lost before they had finished a shard, while they loaded the model perhaps,
+    no other begins; RuntimeError when none is left. A shard that fails by itself is tried by another worker, then left
+    out: RuntimeError names it when all others are done. OSError where a shard cannot be written.
     """
     ray = _ray()
     folder = Folder(out if is_url(out) else os.path.abspath(out))
@@ -218,19 +221,22 @@ class _Pool:
         self._count = workers or _places(ray.cluster_resources(), needs)
         named = {"num_cpus": needs.get("CPU"), "num_gpus": needs.get("GPU"), "memory": needs.get("memory")}
         others = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU", "memory")}
+        # Ray could start them again by itself, but would not say how often it did.
         actor = ray.remote(Worker).options(
-            max_restarts=-1, max_concurrency=_AHEAD + 1, scheduling_strategy="SPREAD", resources=others, **named
+            max_concurrency=_AHEAD + 1, scheduling_strategy="SPREAD", resources=others, **named
         )
-        self._actors: dict[int, Any] = {worker: actor.remote(*arguments) for worker in range(self._count)}
+        self._new_actor = functools.partial(actor.remote, *arguments)
+        self._actors: dict[int, Any] = {}  # by numbers, of which each has its own
+        self._numbers = itertools.count()
         self._asked: dict[Any, tuple[int, int | None]] = {}  # by Ray's reference: worker, shard (None: it starts)
         self._ready: set[int] = set()
         self._recipe: dict[str, Any] | None = None
         self._lost = 0
-        self._barren: Counter[int] = Counter()  # how often a worker was lost since it finished a shard
+        self._barren: dict[int, int] = {}  # of each worker how many were lost in its place since one finished a shard
 
     def __enter__(self) -> Self:
-        for worker in self._actors:
-            self._start(worker)
+        for _ in range(self._count):
+            self._begin(0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -300,9 +306,12 @@ class _Pool:
     def _ask(self, worker: int, shard: int) -> None:
         self._asked[self._actors[worker].caption.remote(shard)] = worker, shard
 
-    def _start(self, worker: int) -> None:
-        """Asks a worker to say when it is ready; Ray asks again until it has a place, and where it is lost before."""
-        self._asked[self._actors[worker].start.options(max_task_retries=-1).remote()] = worker, None
+    def _begin(self, barren: int) -> None:
+        """Asks Ray for a worker, which is made when there is a place, and the worker to say when it is ready."""
+        worker = next(self._numbers)
+        self._actors[worker] = self._new_actor()
+        self._barren[worker] = barren
+        self._asked[self._actors[worker].start.remote()] = worker, None
 
     def _answers(self, timeout_seconds: float | None) -> Iterator[tuple[int, int, Share | Exception | None]]:
         """Waits for answers, and yields those about shards: worker, shard, and what came of it (None: lost)."""
@@ -316,27 +325,34 @@ class _Pool:
             except RayTaskError as error:
                 answer = error.cause
             except RayError as error:  # of the worker's process, its host or the network
-                answer = None if shard is not None else error
+                answer = None
+                if worker in self._actors:
+                    self._replace(worker, "loaded the model" if shard is None else "captioned", error)
             if shard is not None:
-                if answer is None and worker in self._ready:
-                    self._ready.remove(worker)
-                    self._lost += 1
-                    self._barren[worker] += 1
-                    if self._barren[worker] < _LOSSES:
-                        self._start(worker)
-                    else:
-                        self._give_up(worker, f"it was lost {_LOSSES} times before it had finished a shard")
                 yield worker, shard, answer
             elif isinstance(answer, dict):
                 self._recipe = self._recipe or answer
                 self._ready.add(worker)
-            else:
+            elif answer is not None:
                 self._give_up(worker, _one_line(answer))
 
+    def _replace(self, worker: int, at: str, error: Exception) -> None:
+        """Has another worker made for one that is lost, unless too many were lost there without a shard finished."""
+        self._lost += 1
+        if (barren := self._barren[worker] + 1) < _LOSSES:
+            self._begin(barren)
+            self._end(worker)
+        else:
+            self._give_up(worker, f"{_LOSSES} in a row were lost, this one while it {at}: {_one_line(error)}")
+
     def _give_up(self, worker: int, why: str) -> None:
-        self._ray.kill(self._actors.pop(worker))
+        self._end(worker)
         if not self._actors:
             raise RuntimeError(f"no worker is left, the last one: {why}")
+
+    def _end(self, worker: int) -> None:
+        self._ready.discard(worker)
+        self._ray.kill(self._actors.pop(worker))
 
 
 def _one_line(error: Exception) -> str:

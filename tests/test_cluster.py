@@ -23,7 +23,7 @@ from pyvdl.jobs import Job, open_job
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.storage import Folder
 from tests.clips import write_clip
-from tests.cluster_workers import DRAWING, POISON, WORDS, absent, frail
+from tests.cluster_workers import DRAWING, POISON, WORDS, absent, dying, frail
 from tests.models import tiny_vlm
 
 FILES, EACH, SHARD = 12, 3, 4
@@ -157,3 +157,14 @@ def test_a_job_that_cannot_begin_says_why(ray: Any, records: list[Record], tmp_p
     ):
         caption_on_cluster(absent, records, tmp_path, needs={"GPU": 1})
     assert not list(tmp_path.glob("captions-*"))
+
+
+def test_a_worker_that_dies_whenever_it_loads_the_model_is_given_up(
+    ray: Any, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOSSES", 2)
+    with pytest.raises(
+        RuntimeError, match="no worker is left, the last one: 2 in a row were lost, this one while it loaded the model"
+    ):
+        caption_on_cluster(partial(dying, tmp_path), records, tmp_path / "out", workers=1)
+    assert len((tmp_path / "starts").read_text().split()) == 2
