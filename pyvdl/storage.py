@@ -36,9 +36,18 @@ class Folder:
             self._fs, self._root = url_to_fs(self.name)
 
     def make(self) -> None:
-        """Makes the folder, where folders exist by themselves."""
-        if self.local is not None:
-            self.local.mkdir(parents=True, exist_ok=True)
+        """Makes the folder, where folders exist by themselves, and tries to write into it; OSError says what failed."""
+        probe = f".probe.{uuid.uuid4().hex}"
+        try:
+            if self.local is not None:
+                self.local.mkdir(parents=True, exist_ok=True)
+            self.write(probe, b"\n")
+            self.remove(probe)
+        except Exception as error:  # each file system has errors of its own
+            why = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+            raise OSError(
+                f"nothing can be written into {self.name} ({why}): get the right to, or choose another folder"
+            ) from error
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(self.local / name if self.local is not None else f"{self.name.rstrip('/')}/{name}")

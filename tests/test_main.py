@@ -207,6 +207,7 @@ def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says:
     ("argv", "says"),
     [
         (["caption", "x.mp4", "--model", "nowhere"], "nowhere"),
+        (["caption", "x.mp4", "--model", "nowhere", "--out", "/dev/null/o"], "nothing can be written into /dev/null/o"),
         (["adapt", "--stage", "visual", "--data", "no.jsonl", "--out", "o"], "no.jsonl"),
         (["stats", "--captions", "no.jsonl"], "no.jsonl"),
         (["status", "nowhere"], "nowhere holds no captioning job"),

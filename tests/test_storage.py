@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pyvdl import storage
 from pyvdl.storage import Folder, claim, hold, write_whole
@@ -37,6 +42,49 @@ def test_a_folder_keeps_files(folder: Folder) -> None:
     folder.remove("a")
     assert not folder.exists("a")
     assert folder.exists("b")
+
+
+class Refusing(MemoryFileSystem):
+    """A bucket that others may only read."""
+
+    protocol = "refusing"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        raise RuntimeError("403: storage.objects.create is denied")
+
+
+@pytest.fixture
+def guarded() -> Iterator[Path]:
+    """A folder that this process may not write into. The superuser could, so it is another user meanwhile."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_a_folder_that_nothing_can_be_written_into_says_so(guarded: Path) -> None:
+    for folder in (guarded, guarded / "job"):
+        with pytest.raises(
+            OSError, match=rf"^nothing can be written into {folder} \(Permission denied\): get the right"
+        ):
+            Folder(folder).make()
+    (file := guarded.with_suffix(".txt")).touch()
+    with pytest.raises(
+        OSError, match=rf"^nothing can be written into {file}/job \(Not a directory\): .* another folder"
+    ):
+        Folder(file / "job").make()
+    file.unlink()
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    with pytest.raises(
+        OSError, match=r"into refusing://bucket/job \(RuntimeError: 403: storage.objects.create is denied"
+    ):
+        Folder("refusing://bucket/job").make()
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -64,9 +64,15 @@ def caption(arguments: argparse.Namespace) -> int:
 def _caption_job(arguments: argparse.Namespace) -> int:
     from pyvdl.exports import export
     from pyvdl.progress import reporting
+    from pyvdl.storage import Folder
 
+    if arguments.engine == "ray" and arguments.distributed:
+        raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
+    if arguments.engine != "ray" and (arguments.workers is not None or arguments.worker_resources):
+        raise UsageError("--workers and --worker-resources go with --engine ray")
     filters = _filters(arguments)  # before anything is read
     asked = asked_input(arguments, **cutting_options(arguments))
+    Folder(arguments.out).make()  # before a model is loaded for nothing
     first = True  # of several processes
     job: dict[str, Any] = {
         "shard_size": arguments.shard_size,
@@ -79,8 +85,6 @@ def _caption_job(arguments: argparse.Namespace) -> int:
 
         from pyvdl.cluster import caption_on_cluster
 
-        if arguments.distributed:
-            raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
         score = arguments.clip_score and arguments.clip_score.absolute()  # workers stand elsewhere
         there = argparse.Namespace(**vars(arguments) | {"model": arguments.model.absolute(), "clip_score": score})
         with reporting("caption") as report:  # this process leaves the devices to the workers
@@ -100,8 +104,6 @@ def _caption_job(arguments: argparse.Namespace) -> int:
         from pyvdl.pipeline import caption_job
         from pyvdl.sharding import join
 
-        if arguments.workers is not None or arguments.worker_resources:
-            raise UsageError("--workers and --worker-resources go with --engine ray")
         if arguments.distributed:
             join()
         model, tokenizer, options = _captioning(arguments)
