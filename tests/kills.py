@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyvdl.checkpoint import save_model
@@ -52,16 +56,24 @@ def make_scene(folder: Path, clips: int) -> Scene:
     return Scene(folder / "model", folder / "clips.jsonl", clips, folder / "compiled")
 
 
-def start(scene: Scene, out: Path, processes: int = 1) -> list[subprocess.Popen[str]]:
+def start(
+    scene: Scene, out: Path, processes: int = 1, options: Sequence[str] = (), more: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Begins the job, with further options and environment."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "pyvdl", "caption", str(scene.manifest), "--model", str(scene.model)]
     command += ["--out", str(out), "--shard-size", str(SHARD), "--batch-size", "2", "--num-samples", "2"]
-    command += ["--max-length", "6", "--num-threads", "1"]
+    command += ["--max-length", "6", "--num-threads", "1", *options]
     started = []
     for number in range(processes):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(scene.cache)}
+        environment = {
+            **os.environ,
+            **(more or {}),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(scene.cache),
+        }
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": ""}
         if processes > 1:
             environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
@@ -94,31 +106,88 @@ def shards(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("captions-*")}
 
 
+def _count(out: Path) -> int:
+    return sum(1 for _ in out.glob("captions-*"))
+
+
 def run_killed(scene: Scene, out: Path, kills: int, seed: int, processes: int = 1) -> list[int]:
     """Starts the job until it ends, killing it `kills` times: one process first, the others as a scheduler would.
 
-    A kill comes a random while after a random number of new shards, or at any time while the job starts. Returns how
-    many shards there were at each.
+    Returns how many shards there were at each kill.
     """
     rng = random.Random(seed)
     found = []
     for number in range(kills):
         running = start(scene, out, processes)
-        have = len(shards(out))
-        # Some for each kill that is to come, so that there is work left for the last.
-        goal = have + rng.randint(0, max(0, (scene.shards - have) // (kills - number + 1)))
-        patience = rng.uniform(0.0, 8.0) if goal == have else rng.uniform(0.0, 0.2)
-        deadline = time.monotonic() + _DEADLINE_SECONDS
-        while len(shards(out)) < goal and all(process.poll() is None for process in running):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(patience)
+        _wait(scene, out, rng, kills - number, running)
         rng.shuffle(running)
         running[0].send_signal(signal.SIGKILL)
         for process in running[1:]:
             process.kill()
         for process in running:
             process.communicate()
-        found.append(len(shards(out)))
+        found.append(_count(out))
     finish(start(scene, out, processes))
+    return found
+
+
+def _wait(
+    scene: Scene, out: Path, rng: random.Random, kills: int, running: Sequence[subprocess.Popen[str]], idle: bool = True
+) -> None:
+    """Waits for the first of `kills` moments: so long that there is work left for the others.
+
+    It comes a random while after a random number of new shards, or, with processes that start (`idle`), at any time.
+    """
+    have = _count(out)
+    most = min(scene.shards, have + max(1, (scene.shards - have) // (kills + 1)))
+    goal = rng.randint(have, most)
+    patience = rng.uniform(0.0, 8.0 if idle and goal == have else 0.2)
+    begin = time.monotonic()
+    end = math.inf  # once the goal is reached
+    while time.monotonic() < end and all(process.poll() is None for process in running):
+        now = _count(out)
+        if now >= goal:
+            end = min(end, time.monotonic() + (patience if now < most else min(patience, 0.05)))
+        assert time.monotonic() < begin + _DEADLINE_SECONDS
+        time.sleep(0.002)
+
+
+def run_ray_killed(scene: Scene, out: Path, kills: int, seed: int) -> list[int]:
+    """Runs the job on a Ray cluster of its own, killing one of its two workers, or both, at `kills` moments.
+
+    Returns how many shards there were at each.
+    """
+    rng = random.Random(seed)
+    found = []
+    options = ["--engine", "ray", "--workers", "2", "--worker-resources", "CPU=1"]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path: sockets stand in it
+        more = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+        (driver,) = start(scene, out, options=options, more=more)
+        idle = True  # nobody captions
+        for number in range(kills):
+            while not _ray_workers(driver.pid):
+                assert driver.poll() is None, driver.communicate()[0][-3000:]
+                time.sleep(0.01)
+            _wait(scene, out, rng, kills - number, [driver], idle)
+            workers = _ray_workers(driver.pid)
+            victims = rng.sample(workers, min(len(workers), rng.randint(1, 2)))
+            for worker in victims:
+                os.kill(worker, signal.SIGKILL)
+            idle = len(victims) == len(workers)
+            found.append(_count(out))
+        said = driver.communicate(timeout=_DEADLINE_SECONDS)[0]
+        # A shard over which one worker after the other is lost is left out, for the same command to do.
+        assert driver.returncode == 0 or "the same command tries them again" in said, said[-3000:]
+        finish(start(scene, out, options=options, more=more))
+    return found
+
+
+def _ray_workers(driver: int) -> list[int]:
+    """The processes below the driver's that hold a model or load it."""
+    found = []
+    for task in Path(f"/proc/{driver}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # they come and go
+            for child in map(int, task.read_text().split()):
+                name = Path(f"/proc/{child}/cmdline").read_bytes()
+                found += [child] if name.startswith(b"ray::Worker") else _ray_workers(child)
     return found

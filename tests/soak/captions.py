@@ -1,12 +1,14 @@
-"""`make soak`, its second half: captioning jobs killed SOAK_KILLS (100) times, and one over damaged files.
+"""`make soak`, its second half: captioning jobs killed SOAK_KILLS (100) times each, and one over damaged files.
 
-Half of the kills hit one process, half one of two that work together; every ten a job is done, and must be to the byte
-what an undisturbed one wrote. Then one job over the videos beside the repository, where there are any, and mutations of
-them: it ends, and every clip has a row. Exit status 1 where something else happens.
+So often with each engine: one process, two that work together, and workers of a Ray cluster. Every ten kills a job is
+done, and must be to the byte what an undisturbed one of one process wrote. Then one job over the videos beside the
+repository, where there are any, and mutations of them: it ends, and every clip has a row. Exit status 1 where something
+else happens.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,29 +16,37 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 from pyvdl.data import Record, write_manifest
 from pyvdl.rows import read_captions
-from tests.kills import Scene, finish, make_scene, run_killed, shards, start
+from tests.kills import Scene, finish, make_scene, run_killed, run_ray_killed, shards, start
 from tests.soak.seeds import ROOT, write_seeds
 
 WORK = ROOT / "build" / "soak" / "captions"
 VIDEOS = ROOT.parent / "shared" / "videos"
-CLIPS = 40
+CLIPS = 80
+RAY_CLIPS = 600  # of a worker that is killed the other goes on
 KILLS_OF_A_JOB = 10
 MUTATIONS = 200
 
 
-def kill(scene: Scene, wanted: dict[str, bytes], kills: int) -> bool:
+ENGINES: dict[str, Callable[..., list[int]]] = {
+    "one process": functools.partial(run_killed, processes=1),
+    "two processes": functools.partial(run_killed, processes=2),
+    "Ray": run_ray_killed,
+}
+
+
+def kill(scene: Scene, wanted: dict[str, bytes], kills: int, engine: str) -> bool:
     good = True
     for number in range(-(-kills // KILLS_OF_A_JOB)):
-        processes = 1 + number % 2
-        out = WORK / f"killed-{number}"
-        have = run_killed(scene, out, min(KILLS_OF_A_JOB, kills - number * KILLS_OF_A_JOB), number, processes)
+        out = WORK / f"killed-{engine.replace(' ', '-')}-{number}"
+        have = ENGINES[engine](scene, out, min(KILLS_OF_A_JOB, kills - number * KILLS_OF_A_JOB), seed=number)
         same = shards(out) == wanted
         good &= same
         told = "the same rows" if same else "OTHER ROWS"
-        print(f"kills: {processes} processes, shards at each kill {have}, {told}", flush=True)
+        print(f"kills: {engine}, of {scene.shards} shards at each kill {have}, {told}", flush=True)
     return good
 
 
@@ -105,11 +115,16 @@ def main() -> int:
     kills = int(os.environ.get("SOAK_KILLS", "100"))
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    scene = make_scene(WORK, CLIPS)
-    whole = WORK / "whole"
-    finish(start(scene, whole))
-    wanted = shards(whole)
-    good = [damage(scene), start_twice(scene, wanted), kill(scene, wanted, kills)]
+    good: list[bool] = []
+    for clips, engines in ((CLIPS, ("one process", "two processes")), (RAY_CLIPS, ("Ray",))):
+        folder = WORK / f"{clips}-clips"
+        folder.mkdir()
+        scene = make_scene(folder, clips)
+        finish(start(scene, folder / "whole"))
+        wanted = shards(folder / "whole")
+        if not good:
+            good += [damage(scene), start_twice(scene, wanted)]
+        good += [kill(scene, wanted, kills, engine) for engine in engines]
     return 0 if all(good) else 1
 
 
