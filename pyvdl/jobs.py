@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import shutil
 import struct
 import tempfile
@@ -40,6 +41,9 @@ _SCRATCH = ".planning-"
 _BUCKETS = 4096
 _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
 _TEXTS = ("narrative", "alt_text", "label", "split", "group")  # of a record
+_texts_of = operator.attrgetter(*_TEXTS)
+_NONE = (None,) * len(_TEXTS)  # as most records have it
+_TAKEN = frozenset(ROW_NAMES)
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
@@ -124,7 +128,7 @@ class Job:
         data = lists.read(name)
         if _digest(data) != self.digests[shard]:
             raise ValueError(f"{lists.name}/{name} is not what the job wrote: restore it, or begin anew")
-        return [_record(line) for line in data.splitlines()]
+        return list(map(_record, json.loads(b"[" + data[:-1].replace(b"\n", b",") + b"]")))  # fewer calls than by lines
 
     def missing(self) -> list[int]:
         """The shards that nobody has finished."""
@@ -177,16 +181,20 @@ class Job:
 
 def carried(record: Record) -> dict[str, Any]:
     """What a row takes over from its record. A column called as one of the row's own becomes source_NAME."""
-    values: dict[str, Any] = {}
-    for name in _TEXTS:
-        if (value := getattr(record, name)) is not None:
-            values[name] = value
+    values = _texts(record)
     if record.captions:
         values["captions"] = list(record.captions)
     if record.questions:
         values["questions"] = [question_to_json(question) for question in record.questions]
     values |= record.extra
-    return {f"source_{name}" if name in ROW_NAMES else name: value for name, value in values.items()}
+    if _TAKEN.isdisjoint(values):
+        return values
+    return {f"source_{name}" if name in _TAKEN else name: value for name, value in values.items()}
+
+
+def _texts(record: Record) -> dict[str, Any]:
+    texts = _texts_of(record)
+    return {} if texts == _NONE else {name: text for name, text in zip(_TEXTS, texts) if text is not None}
 
 
 def open_job(
@@ -376,9 +384,11 @@ def _work_name(shard: int, shards: int) -> str:
 def _line(record: Record, video: str) -> bytes:
     """A record as one line, the same for the same record however its path was spelled; `video` is absolute."""
     values: dict[str, Any] = {"key": record.key, "video": video, "start_seconds": record.start_seconds}
-    for name in ("end_seconds", "byte_range", *_TEXTS):
-        if (value := getattr(record, name)) is not None:
-            values[name] = value
+    if record.end_seconds is not None:
+        values["end_seconds"] = record.end_seconds
+    if record.byte_range is not None:
+        values["byte_range"] = record.byte_range
+    values |= _texts(record)
     if record.captions:
         values["captions"] = record.captions
     if record.questions:
@@ -388,9 +398,8 @@ def _line(record: Record, video: str) -> bytes:
     return json.dumps(values).encode()
 
 
-def _record(line: bytes) -> Record:
-    """The record of a line that `_line` made."""
-    values = json.loads(line)
+def _record(values: dict[str, Any]) -> Record:
+    """The record of what a line of `_line` holds."""
     if "questions" in values:
         return parse_record(values | values.pop("extra", {}), "/")
     for name in ("byte_range", "captions"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import operator
 import os
 import re
 from collections import Counter
@@ -89,7 +90,8 @@ class Counts:
 
     def add(self, row: CaptionRow) -> None:
         self.rows += 1
-        self.dropped.update(caption["reason"] for caption in row.dropped or ())
+        if row.dropped:
+            self.dropped.update(caption["reason"] for caption in row.dropped)
         if row.error is not None:
             self.failed[row.error.partition(":")[0]] += 1
 
@@ -142,7 +144,7 @@ def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[st
     types |= {"captions": texts, "log_probs": numbers, "clip_scores": numbers}
     kinds = {"caption": text, "log_prob": pa.float64(), "clip_score": pa.float64(), "reason": text}
     types |= {"dropped": pa.list_(pa.struct(kinds))}
-    arrays = [pa.array([getattr(row, name) for row in rows], kind) for name, kind in types.items()]
+    arrays = [pa.array(list(map(operator.attrgetter(name), rows)), kind) for name, kind in types.items()]
     carried = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": text, "strings": texts}
     for name, kind in columns.items():
         values = [row.extra.get(name) for row in rows]
