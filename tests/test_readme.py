@@ -74,7 +74,7 @@ def test_every_benchmark_is_in_the_table_with_its_files_and_figures() -> None:
 
 @pytest.mark.parametrize("command", re.findall(r"^(pyvdl .*)$", "\n".join(blocks("sh")), re.MULTILINE))
 def test_commands_are_understood(command: str) -> None:
-    arguments = _parser().parse_args(shlex.split(command)[1:])
+    arguments = _parser().parse_args(shlex.split(command, comments=True)[1:])
     assert callable(arguments.run)
 
 
