@@ -210,6 +210,8 @@ def test_a_file_of_the_wrong_kind_is_told(run: Run, one_ka: Path, tmp_path: Path
     assert "retrieval wants a NumPy archive" in err
     np.savez(tmp_path / "p.npz", **PAIRED)
     assert "expected JSON lines of captions" in run("msrvtt-captions", "--predictions", tmp_path / "p.npz")[2]
+    path = write_lines(tmp_path / "q.jsonl", ANSWERS)
+    assert "q.jsonl:1: question is 0: expected none with" in run("msrvtt-captions", "--predictions", path)[2]
     (tmp_path / "p.npz").write_bytes(b"no archive")
     assert "p.npz: " in run("--predictions", tmp_path / "p.npz")[2]
 

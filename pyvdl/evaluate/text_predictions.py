@@ -142,8 +142,9 @@ def score_rows(rows: Sequence[Row], records: Sequence[Record], task: Task, sourc
     found: dict[Item, Row] = {}
     known = set(wanted)
     for row in rows:
-        if task != "captions" and "question" not in row.value:
-            raise row.fault("question", "the data set's key of the question, or its number in the record")
+        if (task == "captions") == ("question" in row.value):
+            asked = "the data set's key of the question, or its number in the record"
+            raise row.fault("question", "none with a caption" if task == "captions" else asked)
         if row.item not in known:
             raise ValueError(
                 f"{row.where}: {_name(row.item)} is not in this test (it has {_name(wanted[0])}): take it out"
