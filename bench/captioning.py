@@ -46,7 +46,7 @@ from pyvdl.decoder_process import DecoderProcess, Frames
 from pyvdl.generate import generate
 from pyvdl.jobs import Job, carried, open_job
 from pyvdl.models import VLM
-from pyvdl.pipeline import Tally, caption_shards
+from pyvdl.pipeline import Tally, run_shards
 from pyvdl.rows import CaptionRow
 from pyvdl.sharding import make_mesh
 from pyvdl.step import create
@@ -79,7 +79,7 @@ def paligemma(tokenizer: WordTokenizer, frames: int) -> VLM:
 
 
 class _FreeModel:
-    """Rows at no cost; a Captioner in what `caption_shards` asks of it."""
+    """Rows at no cost; a Captioner in what `run_shards` asks of it."""
 
     tokens = 0
 
@@ -93,7 +93,7 @@ class _FreeModel:
 
 
 class _FreeDecoder:
-    """The same frames again and again; a DecoderProcess in what `caption_shards` asks of it."""
+    """The same frames again and again; a DecoderProcess in what `run_shards` asks of it."""
 
     def __init__(self, frames: np.ndarray) -> None:
         self._frames = frames
@@ -139,7 +139,7 @@ def copies(video: Path, clips: int) -> list[Path]:
 
 
 def run(captioner: Any, decoder: Any, job: Job, tally: Tally | None = None) -> None:
-    for shard, rows in caption_shards(captioner, decoder, job, range(job.shards), tally):
+    for shard, rows in run_shards(captioner, decoder, job, range(job.shards), tally):
         job.finish(shard, rows)
 
 
@@ -312,7 +312,7 @@ def bookkeeping(clips: int, shard_size: int = 10_000) -> list[dict[str, Any]]:
         def captioned(shards: Iterable[int]) -> None:
             decoder: Any = _FreeDecoder(np.zeros((BATCH, 1), np.uint8))
             model: Any = _FreeModel(ClipConfig(), BATCH)
-            for shard, rows in caption_shards(model, decoder, job, shards):
+            for shard, rows in run_shards(model, decoder, job, shards):
                 job.finish(shard, rows)
 
         job = step("split", lambda: opened(records()))

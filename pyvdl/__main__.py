@@ -253,16 +253,17 @@ def _parser() -> Parser:
     )
     _add_cuts(p)
     _add_sampling(p)
+    _add_job(p, "caption")
     _add_filters(p)
 
     p = verb(
         "status",
         commands.status,
-        "Tells how far a captioning job is, from its folder, while it runs or afterwards: shards, rows, failures by\n"
-        "kind, clips a second of the last shards and the time left at that rate.",
+        "Tells how far a job of captions or embeddings is, from its folder, while it runs or afterwards: shards,\n"
+        "rows, failures by kind, clips a second of the last shards and the time left at that rate.",
         "pyvdl status runs/captions",
     )
-    p.add_argument("out", metavar="DIR", help="what --out of `pyvdl caption` named")
+    p.add_argument("out", metavar="DIR", help="what --out of `pyvdl caption` or `embed` named")
     p.add_argument(
         "--page", type=Path, metavar="FILE", help="write an HTML page too: plots, clips with their captions, errors"
     )
@@ -330,7 +331,13 @@ def _parser() -> Parser:
     p.add_argument("--split", metavar="NAME", help="another one than the benchmark's: train, val or test")
     p.add_argument("--skip-missing", action="store_true", help="without clips whose video is missing (else: misses)")
     p.add_argument("--templates", choices=("none", "one", "clip"), default="none", help=TEMPLATES_HELP)
-    _add_clips(p)
+    p.add_argument(
+        "--clips",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="embed so many equal parts of each video, and take their mean (default: 1)",
+    )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON too")
     p.add_argument("--save", type=Path, metavar="DIR", help="write what was predicted too, as --predictions reads it")
     _add_loading(p)
@@ -338,9 +345,9 @@ def _parser() -> Parser:
     p = verb(
         "embed",
         commands.embed,
-        "Writes the embeddings of videos as a NumPy archive: keys, embeddings (float32, length 1; NaN where a video\n"
-        "failed), errors. A model of images gives the mean of 8 frames' embeddings.",
-        "pyvdl embed corpus/test.jsonl --model runs/encoder/model --out test.npz",
+        "Embeds videos: writes shards of rows with an embedding each (float32, length 1; NaN where a video failed),\n"
+        "and goes on where it stopped. A model of images gives the mean of 8 frames' embeddings.",
+        "pyvdl embed corpus/test.jsonl --model runs/encoder/model --out runs/embeddings --export npz",
     )
     _add_videos(p)
     p.add_argument(
@@ -348,13 +355,19 @@ def _parser() -> Parser:
     )
     p.add_argument(
         "--out",
-        type=Path,
-        default=Path("embeddings.npz"),
-        metavar="FILE",
-        help="archive to write (default: embeddings.npz)",
+        default="embeddings",
+        metavar="DIR",
+        help="write shards of rows into this folder or URL, and go on there (default: embeddings)",
     )
-    _add_clips(p)
-    _add_loading(p)
+    p.add_argument(
+        "--export",
+        nargs="+",
+        choices=("npz",),
+        default=[],
+        help="once all is embedded: write it as a NumPy archive, too, into the same folder: keys, embeddings, errors",
+    )
+    _add_cuts(p)
+    _add_job(p, "embed")
 
     p = verb(
         "stats",
@@ -493,8 +506,11 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--max-length", type=_positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
     p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
-    p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
     p.add_argument("--format", choices=FORMATS, default="parquet", help="of --out (default: parquet)")
+
+
+def _add_job(p: Parser, verb: str) -> None:
+    p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
     p.add_argument(
         "--timeout-seconds",
         type=_seconds,
@@ -505,7 +521,7 @@ def _add_sampling(p: Parser) -> None:
     text = "with --out: split the model's parameters over so many of each process's devices (default: 1)"
     p.add_argument("--fsdp", type=_positive, default=1, metavar="N", help=text)
     p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
-    _add_distributed(p, "caption")
+    _add_distributed(p, verb)
     p.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -569,16 +585,6 @@ def _add_filters(p: Parser) -> None:
     )
     group.add_argument("--min-clip-score", type=float, metavar="X", help="the least cosine, with --clip-score")
     group.add_argument("--keep-best", type=_positive, metavar="K", help="captions of a video")
-
-
-def _add_clips(p: Parser) -> None:
-    p.add_argument(
-        "--clips",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="embed so many equal parts of each video, and take their mean (default: 1)",
-    )
 
 
 def _add_loading(p: Parser) -> None:

@@ -31,7 +31,7 @@ from pyvdl.jobs import carried
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
-from pyvdl.rows import CaptionRow, Dropped
+from pyvdl.rows import CaptionRow, Dropped, RowKind
 from pyvdl.sharding import BATCH_AXES, batch_sharding, host_pieces, put, tree_shardings
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
@@ -96,6 +96,30 @@ class Decoded:
     release: Callable[[], None] = lambda: None  # says that `data` is not needed any more
 
 
+def overlapped[T, R](
+    batches: Iterable[Decoded], begin: Callable[[Decoded], T], end: Callable[[Decoded, T | None], R]
+) -> Iterator[R]:
+    """What comes of each batch: one is begun on the device before the last one is ended on the host.
+
+    A batch without one good clip is not begun, and costs no device time.
+    """
+    previous: tuple[Decoded, T | None] | None = None
+    for batch in batches:
+        begun = begin(batch) if None in batch.errors else None
+        if previous is not None:  # dispatch is asynchronous
+            yield end(*previous)
+        previous = batch, begun
+    if previous is not None:
+        yield end(*previous)
+
+
+def check_shares(batch_size: int, mesh: Mesh) -> None:
+    """ValueError where batches cannot be split over the mesh."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % shares:
+        raise ValueError(f"batch_size={batch_size}: expected a multiple of the {shares} shares of this mesh")
+
+
 @dataclass(frozen=True)
 class _Drawn:
     """What the device works on for a batch."""
@@ -113,6 +137,8 @@ class Captioner:
     encoder: a dual encoder and its tokenizer, for the CLIP-score of each caption. filters: which captions are kept; the
     others stand in the row's `dropped`.
     """
+
+    kind: RowKind = "captions"
 
     def __init__(
         self,
@@ -143,9 +169,7 @@ class Captioner:
         ids = encode_prompts(tokenizer, [prompt])
         self.prompts = np.broadcast_to(ids, (batch_size, ids.shape[1]))
         if mesh is not None:
-            shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-            if batch_size % shares:
-                raise ValueError(f"batch_size={batch_size}: expected a multiple of the {shares} shares of this mesh")
+            check_shares(batch_size, mesh)
             graphdef, state = nnx.split(model)
             placed = jax.tree.map(partial(put, copy=False), state, tree_shardings(state, mesh))
             self.model = nnx.merge(graphdef, placed)
@@ -167,15 +191,7 @@ class Captioner:
 
         names: what else is said in each row, model_sha256 and recipe_sha256.
         """
-        previous: tuple[Decoded, _Drawn | None] | None = None
-        for batch in batches:
-            # A batch without one good clip costs no device time.
-            drawn = self._draw(batch) if None in batch.errors else None
-            if previous is not None:  # dispatch is asynchronous
-                yield self._told(*previous, names)
-            previous = batch, drawn
-        if previous is not None:
-            yield self._told(*previous, names)
+        return overlapped(batches, self._draw, lambda batch, drawn: self._told(batch, drawn, names))
 
     def _draw(self, batch: Decoded) -> _Drawn:
         seeds = np.zeros(self.batch_size, np.uint32)
@@ -282,9 +298,9 @@ def caption_records(
             yield from rows
 
 
-def model_digest(model: nnx.Module, tokenizer: Tokenizer) -> str:
-    """Names a model by its weights and words, wherever it was loaded from."""
-    digest = hashlib.sha256(tokenizer.digest().encode())
+def model_digest(model: nnx.Module, tokenizer: Tokenizer | None) -> str:
+    """Names a model by its weights and words, if it is used with words, wherever it was loaded from."""
+    digest = hashlib.sha256(b"" if tokenizer is None else tokenizer.digest().encode())
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         array = value[...]
         digest.update(f"{path} {array.dtype} {array.shape}".encode())

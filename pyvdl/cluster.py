@@ -1,6 +1,6 @@
-"""Captioning on a Ray cluster, whose hosts may come and go; the rows are those of `pyvdl.pipeline.caption_job`.
+"""Jobs on a Ray cluster, whose hosts may come and go; the rows are those of `pyvdl.pipeline`.
 
-The driver lists the clips and gives out shards. Each worker, a Ray actor, holds the model, captions the shards it is
+The driver lists the clips and gives out shards. Each worker, a Ray actor, holds the model, works on the shards it is
 given and writes them itself: of rows, frames and parameters nothing passes through Ray.
 """
 
@@ -21,13 +21,12 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any, Self
 
-from pyvdl.caption import Captioner
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
 from pyvdl.jobs import Job, load_job, open_job
-from pyvdl.pipeline import JobSummary, Tally, caption_shards, summary
+from pyvdl.pipeline import JobSummary, Maker, Tally, run_shards, summary
 from pyvdl.progress import Report
-from pyvdl.rows import CaptionRow, Counts, Format
+from pyvdl.rows import Counts, Format, Row
 from pyvdl.sources import is_url
 from pyvdl.storage import Folder, hold, refuse_another
 
@@ -57,31 +56,31 @@ class _Task:
 
 
 class Worker:
-    """A host's part of a job: a model, a decoder, and shards that are captioned one after the other.
+    """A host's part of a job: a model, a decoder, and shards that it works on one after the other.
 
-    Made by Ray, in a process that may end at any time; `start` and `caption` are called in several threads.
+    Made by Ray, in a process that may end at any time; `start` and `work_on` are called in several threads.
     """
 
-    def __init__(self, load: Callable[[], Captioner], out: str, decoding: Mapping[str, Any]) -> None:
+    def __init__(self, load: Callable[[], Maker], out: str, decoding: Mapping[str, Any]) -> None:
         self._load, self._out, self._decoding = load, out, decoding
         self._lock = threading.Lock()
-        self._captioner: Captioner | None = None
+        self._maker: Maker | None = None
         self._job: Job | None = None
         self._asked: SimpleQueue[_Task] = SimpleQueue()
         self._tally = Tally()
         self._told = (0, 0.0)  # tokens and seconds of the tally
 
     def start(self) -> dict[str, Any]:
-        """Loads the model, once; returns all that its captions depend on."""
+        """Loads the model, once; returns all that its rows depend on, and their kind."""
         with self._lock:
-            if self._captioner is None:
-                captioner = self._load()
-                self._recipe = captioner.recipe()
-                self._captioner = captioner
+            if self._maker is None:
+                maker = self._load()
+                self._recipe = maker.recipe() | {"kind": maker.kind}
+                self._maker = maker
         return self._recipe
 
-    def caption(self, shard: int) -> Share:
-        """Captions a shard and writes it; raises what went wrong, UnwrittenShard where that was the writing."""
+    def work_on(self, shard: int) -> Share:
+        """Makes the rows of a shard and writes them; raises what went wrong, UnwrittenShard where that was writing."""
         recipe = self.start()
         with self._lock:
             if self._job is None:
@@ -96,8 +95,8 @@ class Worker:
         return task.done.result()
 
     def _new_decoder(self) -> DecoderProcess:
-        assert self._captioner is not None
-        return DecoderProcess(self._captioner.clip, batch_size=self._captioner.batch_size, **self._decoding)
+        assert self._maker is not None
+        return DecoderProcess(self._maker.clip, batch_size=self._maker.batch_size, **self._decoding)
 
     def _run(self, job: Job, decoder: DecoderProcess) -> None:
         apart: deque[_Task] = deque()  # they were under way together when something failed
@@ -107,7 +106,7 @@ class Worker:
                     begun: deque[_Task] = deque()
                     try:
                         tasks = [apart.popleft()] if apart else self._waiting()
-                        for task, rows, share in self._captioned(job, decoder, tasks, begun):
+                        for task, rows, share in self._made(job, decoder, tasks, begun):
                             disk.submit(_finish, job, task, rows, share)
                     except Exception as error:
                         if not begun:
@@ -122,18 +121,18 @@ class Worker:
             traceback.print_exc()
             os._exit(1)  # nobody would get an answer any more: the driver sees a process that ends, and begins another
 
-    def _captioned(
+    def _made(
         self, job: Job, decoder: DecoderProcess, tasks: Iterable[_Task], begun: deque[_Task]
-    ) -> Iterator[tuple[_Task, list[CaptionRow], Share]]:
+    ) -> Iterator[tuple[_Task, list[Row], Share]]:
         """The rows of the shards of `tasks`; those that are under way are in `begun`."""
-        assert self._captioner is not None
+        assert self._maker is not None
 
         def shards() -> Iterator[int]:
             for task in tasks:
                 begun.append(task)
                 yield task.shard
 
-        for _, rows in caption_shards(self._captioner, decoder, job, shards(), self._tally):
+        for _, rows in run_shards(self._maker, decoder, job, shards(), self._tally):
             tokens, wait_seconds = self._tally.tokens, self._tally.wait_seconds
             counts = Counts()
             for row in rows:
@@ -153,7 +152,7 @@ class Worker:
                 yield self._asked.get_nowait()
 
 
-def _finish(job: Job, task: _Task, rows: Sequence[CaptionRow], share: Share) -> None:
+def _finish(job: Job, task: _Task, rows: Sequence[Row], share: Share) -> None:
     try:
         job.finish(task.shard, rows)
         task.done.set_result(share)
@@ -163,8 +162,8 @@ def _finish(job: Job, task: _Task, rows: Sequence[CaptionRow], share: Share) -> 
         task.done.set_exception(error)
 
 
-def caption_on_cluster(
-    load: Callable[[], Captioner],
+def run_on_cluster(
+    load: Callable[[], Maker],
     records: Iterable[Record],
     out: str | os.PathLike[str],
     *,
@@ -178,11 +177,11 @@ def caption_on_cluster(
     input_sha256: str | None = None,
     progress: Report | None = None,
 ) -> JobSummary:
-    """Does with the workers of a Ray cluster what `pyvdl.pipeline.caption_job` does; the same call again resumes.
+    """Does with the workers of a Ray cluster what `pyvdl.pipeline.run_job` does; the same call again resumes.
 
     The cluster is the one this process is connected to, or that of RAY_ADDRESS, or one on this machine for as long as
     the job takes. `out`, the videos and what `load` reads must be the same for all its hosts. `load` is pickled and
-    called by each worker; captions are the same to the bit where the devices are of one kind.
+    called by each worker; rows are the same to the bit where the devices are of one kind.
 
     workers: how many to ask for; who finds no place yet begins when there is one (None: as many as have a place now).
     needs: what one of them takes of a host, by Ray's names: CPU (1 unless it is named), GPU, TPU, memory, ...
@@ -198,7 +197,8 @@ def caption_on_cluster(
     decoding = {"num_threads": num_threads, "prefetch": prefetch, "timeout_seconds": timeout_seconds}
     with hold(folder), _connected(ray), _Pool(ray, workers, needs or {}, (load, folder.name, decoding)) as pool:
         recipe = pool.recipe()
-        job = open_job(folder, recipe, records, shard_size=shard_size, format=format, input_sha256=input_sha256)
+        listing = {"kind": recipe["kind"], "shard_size": shard_size, "format": format, "input_sha256": input_sha256}
+        job = open_job(folder, recipe, records, **listing)
         todo = job.missing()
         failed = pool.run(job, todo, progress)
         counts = job.counts(shard for shard in range(job.shards) if shard not in failed)
@@ -244,13 +244,13 @@ class _Pool:
             self._ray.kill(actor)
 
     def recipe(self) -> dict[str, Any]:
-        """All that captions depend on, as the first worker that is ready tells it; each compares its own with it."""
+        """All that rows depend on, and their kind, as the first worker that is ready tells; each compares its own."""
         while self._recipe is None:
             list(self._answers(None))
         return self._recipe
 
     def run(self, job: Job, shards: Sequence[int], progress: Report | None) -> dict[int, str]:
-        """Has the shards captioned; returns those that failed, and why."""
+        """Has the shards done; returns those that failed, and why."""
         waiting = deque(shards)
         left, total = len(shards), sum(map(job.size, shards))
         failed: dict[int, str] = {}
@@ -304,7 +304,7 @@ class _Pool:
             self._ask(next(iter(self._ready)), waiting.popleft())
 
     def _ask(self, worker: int, shard: int) -> None:
-        self._asked[self._actors[worker].caption.remote(shard)] = worker, shard
+        self._asked[self._actors[worker].work_on.remote(shard)] = worker, shard
 
     def _begin(self, barren: int) -> None:
         """Asks Ray for a worker, which is made when there is a place, and the worker to say when it is ready."""
@@ -327,7 +327,7 @@ class _Pool:
             except RayError as error:  # of the worker's process, its host or the network
                 answer = None
                 if worker in self._actors:
-                    self._replace(worker, "loaded the model" if shard is None else "captioned", error)
+                    self._replace(worker, "loaded the model" if shard is None else "worked", error)
             if shard is not None:
                 yield worker, shard, answer
             elif isinstance(answer, dict):
@@ -391,5 +391,5 @@ def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("captioning on a cluster needs Ray: pip install 'ray>=2.60'") from error
+        raise ImportError("a job on a cluster needs Ray: pip install 'ray>=2.60'") from error
     return ray

@@ -1,4 +1,4 @@
-"""A finished captioning job in the formats of others, one file or folder inside the job's own."""
+"""A finished job in the formats of others, one file or folder inside the job's own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pyvdl.archives import Sample, write_archive
 from pyvdl.data import Record
 from pyvdl.jobs import Job, load_job
-from pyvdl.rows import CaptionRow
+from pyvdl.rows import CaptionRow, RowKind
 from pyvdl.sources import FileSlice, Source, is_url, read_whole
 from pyvdl.storage import Folder, write_whole
 
@@ -20,22 +22,27 @@ _MAX_BYTES = 4 << 30  # of one video
 def export(out: str | os.PathLike[str], kind: str) -> Path:
     """Writes a finished job once more: returns the file or folder, whose name is that of the kind.
 
-    Rows without captions are left out; where one caption is wanted it is the likeliest one.
+    Of captions, rows without any are left out; where one caption is wanted it is the likeliest one.
 
     "coco": captions.json, COCO's results, [{"image_id": key, "caption": text}, ...].
     "videofolder": Hugging Face's folder: links to the videos, and metadata.jsonl with all columns.
     "webdataset": a tar for each shard: the video, its caption as text, and all columns as JSON. Clips that are parts
         of a video are copied with all of it.
+
+    Of embeddings, in memory for all of them:
+
+    "npz": embeddings.npz, a NumPy archive of keys [N], embeddings float32[N, E] (NaN where a clip failed), errors [N].
     """
     folder = Folder(out)
     if folder.local is None:
         raise ValueError(f"{folder.name}: exports are made of jobs in local folders")
-    if kind not in _KINDS:
-        raise ValueError(f"export {kind!r}: expected one of {', '.join(_KINDS)}")
     job = load_job(folder)
+    kinds = _KINDS[job.kind]
+    if kind not in kinds:
+        raise ValueError(f"export {kind!r}: expected one of {', '.join(kinds)}")
     if missing := job.missing():
         raise ValueError(f"{folder.name} lacks {len(missing)} of {job.shards} shards: run its command again")
-    return _KINDS[kind](job, folder.local)
+    return kinds[kind](job, folder.local)
 
 
 def _best(row: CaptionRow) -> str:
@@ -43,7 +50,7 @@ def _best(row: CaptionRow) -> str:
 
 
 def _good(job: Job, shard: int) -> Iterator[tuple[Record, CaptionRow]]:
-    for record, row in zip(job.work(shard), job.rows(shard), strict=True):
+    for record, row in zip(job.work(shard), job.captions(shard), strict=True):
         if row.captions:  # neither failed nor, by filters, left without any
             yield record, row
 
@@ -110,8 +117,22 @@ def _content(source: Source) -> bytes | str:
     return read_whole(source, _MAX_BYTES)
 
 
-_KINDS: dict[str, Callable[[Job, Path], Path]] = {
-    "coco": _coco,
-    "videofolder": _videofolder,
-    "webdataset": _webdataset,
+def _npz(job: Job, out: Path) -> Path:
+    rows = [row for shard in range(job.shards) for row in job.embeddings(shard)]
+    path = out / "embeddings.npz"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            keys=np.array([row.key for row in rows]),
+            embeddings=np.array([row.embedding for row in rows], np.float32),
+            errors=np.array([row.error or "" for row in rows]),
+        )
+    temporary.replace(path)
+    return path
+
+
+_KINDS: dict[RowKind, dict[str, Callable[[Job, Path], Path]]] = {
+    "captions": {"coco": _coco, "videofolder": _videofolder, "webdataset": _webdataset},
+    "embeddings": {"npz": _npz},
 }

@@ -114,15 +114,12 @@ def _jaccard(first: set[tuple[str, str]], second: set[tuple[str, str]]) -> float
     return len(first & second) / len(first | second)
 
 
-class ClipScorer:
-    """CLIP-scores of clips and captions, by a dual encoder: the plain cosine, without CLIPScore's factor of 2.5.
+class ClipEncoder:
+    """Embeddings of clips by a dual encoder: of T frames so many as it takes, spread evenly, and resized where it takes
+    another size."""
 
-    It sees the frames that the captions were written from: of T frames so many as it takes, spread evenly, and resized
-    where it takes another size.
-    """
-
-    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, *, mesh: Mesh | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: DualEncoder, *, mesh: Mesh | None = None) -> None:
+        self.model = model
         self._mesh = mesh
         self._graphdef, self._state = nnx.split(model)
         if mesh is not None:
@@ -132,7 +129,22 @@ class ClipScorer:
     def embed(self, frames: np.ndarray | Array) -> Array:
         """uint8[B, T, H, W, 3] -> float32[B, E]. Returns at once: the device works on."""
         with self._devices():
-            return _embed_frames(self._state, frames, graphdef=self._graphdef)
+            rows = frames if self._mesh is None else jax.device_put(frames, batch_sharding(self._mesh))
+            return _embed_frames(self._state, rows, graphdef=self._graphdef)
+
+    def _devices(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+class ClipScorer(ClipEncoder):
+    """CLIP-scores of clips and captions, by a dual encoder: the plain cosine, without CLIPScore's factor of 2.5.
+
+    It sees the frames that the captions were written from.
+    """
+
+    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, *, mesh: Mesh | None = None) -> None:
+        super().__init__(model, mesh=mesh)
+        self.tokenizer = tokenizer
 
     def scores(self, clips: Array, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """float32[B, n]: of the embeddings of B clips with n texts each."""
@@ -141,9 +153,6 @@ class ClipScorer:
         with self._devices():
             rows = jnp.asarray(ids) if self._mesh is None else jax.device_put(ids, batch_sharding(self._mesh))
             return np.asarray(_score_texts(self._state, clips, rows, graphdef=self._graphdef))
-
-    def _devices(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 @jax.jit(static_argnames="graphdef")

@@ -56,6 +56,8 @@ def write_job_page(job: Job, path: Path, *, seed: int = 0) -> None:
 
     seed: of the clips and shards that it shows. Their frames are decoded anew; where that fails, the page says so.
     """
+    if job.kind != "captions":
+        raise ValueError(f"{job.folder.name} is a job of {job.kind}: pages are of captions")
     missing = set(job.missing())
     done = [shard for shard in range(job.shards) if shard not in missing]
     if not done:
@@ -107,7 +109,7 @@ def _draw_rows(job: Job, done: Sequence[int], draws: random.Random) -> _Sample:
     for shard in draws.sample(done, len(done)):
         if sample.rows >= _SAMPLED_ROWS:
             break
-        for row in job.rows(shard):
+        for row in job.captions(shard):
             sample.rows += 1
             if row.status != "ok":
                 continue
@@ -126,7 +128,7 @@ def _draw_rows(job: Job, done: Sequence[int], draws: random.Random) -> _Sample:
 def _examples(job: Job, shards: Sequence[int], kind: str) -> list[CaptionRow]:
     found: list[CaptionRow] = []
     for shard in shards:
-        found += [row for row in job.rows(shard) if row.error is not None and row.error.partition(":")[0] == kind]
+        found += [row for row in job.captions(shard) if row.error is not None and row.error.partition(":")[0] == kind]
         if len(found) >= _EXAMPLES:
             break
     return found[:_EXAMPLES]

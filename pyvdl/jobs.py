@@ -1,4 +1,4 @@
-"""Captioning jobs on disk: clips split into shards up front, shards that appear whole or not at all. No jax here.
+"""Jobs on disk: clips split into shards up front, rows in shards that appear whole or not at all. No jax here.
 
 A job's folder holds `work/`, the list of clips of each shard, and `job.json`, written last: what was asked for, and
 digests of every list. Which clip is in which shard follows from the clips alone, so that any number of processes can
@@ -25,8 +25,11 @@ from pyvdl.rows import (
     ROW_NAMES,
     CaptionRow,
     Counts,
+    EmbeddingRow,
     Format,
     Kind,
+    Row,
+    RowKind,
     count_shard,
     encode_shard,
     read_shard,
@@ -43,7 +46,6 @@ _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
 _TEXTS = ("narrative", "alt_text", "label", "split", "group")  # of a record
 _texts_of = operator.attrgetter(*_TEXTS)
 _NONE = (None,) * len(_TEXTS)  # as most records have it
-_TAKEN = frozenset(ROW_NAMES)
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
@@ -105,7 +107,8 @@ class Job:
     """A job whose clips are split into shards."""
 
     folder: Folder
-    recipe: Mapping[str, Any]  # all that the captions depend on besides the clips
+    kind: RowKind
+    recipe: Mapping[str, Any]  # all that the rows depend on besides the clips
     recipe_sha256: str
     format: Format
     records: int
@@ -135,13 +138,17 @@ class Job:
         names = set(self.folder.names())
         return [shard for shard in range(self.shards) if self._name(shard) not in names]
 
-    def finish(self, shard: int, rows: Sequence[CaptionRow]) -> None:
+    def finish(self, shard: int, rows: Sequence[Row]) -> None:
         """Writes the rows of a shard; it is done then. Twice does no harm: it is the same file."""
         self.folder.write(self._name(shard), encode_shard(rows, self.format, self.columns))
 
-    def rows(self, shard: int) -> list[CaptionRow]:
+    def captions(self, shard: int) -> list[CaptionRow]:
         """The rows of a finished shard, in the order of its clips."""
-        return list(read_shard(self.folder, self._name(shard)))
+        return list(read_shard(self.folder, self._name(shard), CaptionRow))
+
+    def embeddings(self, shard: int) -> list[EmbeddingRow]:
+        """The same of a job of embeddings."""
+        return list(read_shard(self.folder, self._name(shard), EmbeddingRow))
 
     def counts(self, shards: Iterable[int]) -> Counts:
         """Rows and failures of these finished shards."""
@@ -176,7 +183,7 @@ class Job:
         )
 
     def _name(self, shard: int) -> str:
-        return shard_name(shard, self.shards, self.format)
+        return shard_name(shard, self.shards, self.format, self.kind)
 
 
 def carried(record: Record) -> dict[str, Any]:
@@ -187,9 +194,9 @@ def carried(record: Record) -> dict[str, Any]:
     if record.questions:
         values["questions"] = [question_to_json(question) for question in record.questions]
     values |= record.extra
-    if _TAKEN.isdisjoint(values):
+    if ROW_NAMES.isdisjoint(values):
         return values
-    return {f"source_{name}" if name in _TAKEN else name: value for name, value in values.items()}
+    return {f"source_{name}" if name in ROW_NAMES else name: value for name, value in values.items()}
 
 
 def _texts(record: Record) -> dict[str, Any]:
@@ -204,6 +211,7 @@ def open_job(
     *,
     shard_size: int,
     format: Format,
+    kind: RowKind = "captions",
     input_sha256: str | None = None,
 ) -> Job:
     """Splits `records` into the shards of a new job, or finds the job that was begun in the folder.
@@ -216,10 +224,10 @@ def open_job(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected at least 1")
-    asked = dict(recipe) | {"shard_size": shard_size, "format": format}
+    asked = dict(recipe) | {"kind": kind, "shard_size": shard_size, "format": format}
     names = set(folder.names())
     if JOB_FILE not in names:
-        if finished := sorted(name for name in names if name.startswith("captions-")):
+        if finished := sorted(name for name in names if name.startswith(("captions-", "embeddings-"))):
             raise ValueError(f"{folder.name} holds {finished[0]} but no {JOB_FILE}: choose another folder")
         return _Planner(folder, asked, shard_size).write(records, input_sha256)
     found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
@@ -235,10 +243,11 @@ def load_job(folder: Folder) -> Job:
     try:
         found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
     except FileNotFoundError:
-        raise ValueError(f"{folder.name} holds no captioning job, or one whose clips are not listed yet") from None
+        raise ValueError(f"{folder.name} holds no job, or one whose clips are not listed yet") from None
     try:
         return Job(
             folder=folder,
+            kind=found["recipe"]["kind"],
             recipe=found["recipe"],
             recipe_sha256=found["recipe_sha256"],
             format=found["recipe"]["format"],
@@ -248,7 +257,7 @@ def load_job(folder: Folder) -> Job:
             digests=found["shards"],
         )
     except KeyError as error:
-        raise ValueError(f"{folder.name}/{JOB_FILE} has no {error}: it is not that of a captioning job") from None
+        raise ValueError(f"{folder.name}/{JOB_FILE} has no {error}: it is not that of such a job") from None
 
 
 class _Planner:

@@ -1,7 +1,7 @@
 """Shards of a job through decoder, device and disk at once.
 
-`caption_shards` is the work of every engine: shards in, rows out, on the devices of this process. `caption_job` runs it
-here: alone, or as one of several processes that share the shards between them.
+`run_shards` is the work of every engine: shards in, rows out, on the devices of this process. `run_job` runs it here:
+alone, or as one of several processes that share the shards between them.
 """
 
 from __future__ import annotations
@@ -13,23 +13,37 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from pyvdl.caption import Captioner, Decoded, clip_request
+from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
 from pyvdl.jobs import Job, load_job, open_job
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
-from pyvdl.rows import CaptionRow, Counts, Format
+from pyvdl.rows import Counts, Format, Row, RowKind
 from pyvdl.storage import Folder, hold, refuse_another
 from pyvdl.tokenizers import Tokenizer
 
 _WRITES = 2  # finished shards that may wait for the disk
+
+
+class Maker(Protocol):
+    """What makes rows of clips: a `Captioner`, or an `Embedder` of `pyvdl.embed`."""
+
+    kind: RowKind
+    clip: ClipConfig
+    batch_size: int
+    tokens: int  # drawn so far
+
+    def recipe(self) -> dict[str, Any]: ...
+
+    def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[Sequence[Row]]: ...
 
 
 @dataclass
@@ -46,18 +60,19 @@ class Tally:
         """Rates, the share of time without work for the device, and errors by kind."""
         seconds = max(1e-9, time.monotonic() - self.begin)
         failed = ", ".join(f"{count} {kind}" for kind, count in self.counts.failed.most_common())
-        rates = f"{self.counts.rows / seconds:.1f} clips/s, {self.tokens / seconds:.0f} tokens/s"
+        rates = f"{self.counts.rows / seconds:.1f} clips/s"
+        rates += f", {self.tokens / seconds:.0f} tokens/s" if self.tokens else ""
         note = f"{rates}, waited for frames {self.wait_seconds / seconds:.0%}"
         return f"{note}; failed: {failed}" if failed else note
 
 
-def caption_shards(
-    captioner: Captioner, decoder: DecoderProcess, job: Job, shards: Iterable[int], tally: Tally | None = None
-) -> Iterator[tuple[int, list[CaptionRow]]]:
+def run_shards(
+    maker: Maker, decoder: DecoderProcess, job: Job, shards: Iterable[int], tally: Tally | None = None
+) -> Iterator[tuple[int, list[Row]]]:
     """Yields (shard, its rows), in order. `shards` is read as far ahead as the decoder is, and may be endless.
 
-    No batch reaches over two shards, and each has the captioner's shape: a shard's rows are the same wherever, and with
-    whatever others, it is captioned.
+    No batch reaches over two shards, and each has the maker's shape: a shard's rows are the same wherever, and with
+    whatever others, they are made.
     """
     tally = tally or Tally()
     sizes: deque[tuple[int, int]] = deque()
@@ -69,10 +84,10 @@ def caption_shards(
             records = job.work(shard)
             for record in records:
                 if record.video.startswith("array://"):
-                    raise ValueError(f"{record.video}: jobs decode videos; rows of arrays take caption_records")
+                    raise ValueError(f"{record.video}: jobs decode videos, not rows of arrays")
             sizes.append((shard, len(records)))
-            for start in range(0, len(records), captioner.batch_size):
-                under_way.append(records[start : start + captioner.batch_size])
+            for start in range(0, len(records), maker.batch_size):
+                under_way.append(records[start : start + maker.batch_size])
                 yield [clip_request(record) for record in under_way[-1]]
 
     def decoded() -> Iterator[Decoded]:
@@ -85,9 +100,9 @@ def caption_shards(
                 return
             yield Decoded(records=under_way.popleft(), data=batch.data, errors=batch.errors, release=batch.release)
 
-    rows: list[CaptionRow] = []
-    for found in captioner.rows(decoded(), **names):
-        tally.tokens = captioner.tokens
+    rows: list[Row] = []
+    for found in maker.rows(decoded(), **names):
+        tally.tokens = maker.tokens
         rows += found
         for row in found:
             tally.counts.add(row)
@@ -101,7 +116,7 @@ def caption_shards(
 
 @dataclass(frozen=True, kw_only=True)
 class JobSummary:
-    """What a captioning job left behind."""
+    """What a job left behind."""
 
     rows: int
     failed: int
@@ -136,12 +151,41 @@ def caption_job(
     progress: Report | None = None,
     **options: Any,
 ) -> JobSummary:
-    """Captions `records` into `out/captions-00000-of-00004.parquet` and so on; the same call again resumes.
+    """Captions `records` with a model that is at hand: `run_job` with a `Captioner` of these options."""
+    return run_job(
+        lambda: Captioner(model, tokenizer, **options),
+        records,
+        out,
+        shard_size=shard_size,
+        format=format,
+        num_threads=num_threads,
+        prefetch=prefetch,
+        timeout_seconds=timeout_seconds,
+        input_sha256=input_sha256,
+        progress=progress,
+    )
+
+
+def run_job(
+    load: Callable[[], Maker],
+    records: Iterable[Record],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 1000,
+    format: Format = "parquet",
+    num_threads: int = 2,
+    prefetch: int = 2,
+    timeout_seconds: float = 60.0,
+    input_sha256: str | None = None,
+    progress: Report | None = None,
+) -> JobSummary:
+    """Captions or embeds `records` into `out/captions-00000-of-00004.parquet`, or embeddings-..., and so on; the same
+    call again resumes.
 
     A shard appears whole or not at all, a finished one is not touched again. `out/job.json` holds what was asked for:
     a call with other settings, another model or other records is refused with the difference, and so is a second one
-    while the first runs. timeout_seconds is for one clip, `options` are those of `Captioner`, input_sha256 see
-    `open_job`.
+    while the first runs. `load` is called once the folder is known to be ours and fit to be written into.
+    timeout_seconds is for one clip, input_sha256 see `open_job`.
 
     Of several processes (`pyvdl.sharding.join`) each takes every so-many-th shard, on its own devices: the first lists
     the clips, and then none waits for another until the end. They may be more or fewer when the job goes on.
@@ -149,12 +193,13 @@ def caption_job(
     folder = Folder(out)
     folder.make()
     index, count = jax.process_index(), jax.process_count()
+    listing: dict[str, Any] = {"shard_size": shard_size, "format": format, "input_sha256": input_sha256}
     with hold(folder) if index == 0 else contextlib.nullcontext():
-        captioner = Captioner(model, tokenizer, **options)
-        recipe = captioner.recipe()
+        maker = load()
+        recipe = maker.recipe()
 
         def opened() -> Job:
-            return open_job(folder, recipe, records, shard_size=shard_size, format=format, input_sha256=input_sha256)
+            return open_job(folder, recipe, records, kind=maker.kind, **listing)
 
         job = opened() if count == 1 else _open_together(folder, recipe, opened)
         todo = job.missing()
@@ -164,22 +209,22 @@ def caption_job(
         if progress is not None:
             tally.watch = lambda: progress(tally.counts.rows, waiting, tally.note())
         decoder = DecoderProcess(
-            captioner.clip,
-            batch_size=captioner.batch_size,
+            maker.clip,
+            batch_size=maker.batch_size,
             num_threads=num_threads,
             prefetch=prefetch,
             timeout_seconds=timeout_seconds,
         )
         with decoder, ThreadPoolExecutor(1) as disk:
             writes: deque[Future[None]] = deque()
-            for shard, rows in caption_shards(captioner, decoder, job, own, tally):
+            for shard, rows in run_shards(maker, decoder, job, own, tally):
                 if len(writes) == _WRITES:
                     writes.popleft().result()
                 writes.append(disk.submit(job.finish, shard, rows))
             for write in writes:
                 write.result()
         if count > 1:
-            multihost_utils.sync_global_devices("captioned")
+            multihost_utils.sync_global_devices("job done")
         counts = job.counts(range(job.shards))
     return summary(job, counts, len(todo))
 

@@ -1,8 +1,9 @@
-"""What captioning says about each clip: rows, the files that hold them, and how they are read back. No jax here."""
+"""What jobs say about each clip: rows, the files that hold them, and how they are read back. No jax here."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import operator
@@ -13,12 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
+
+import numpy as np
 
 from pyvdl.sources import is_url
 from pyvdl.storage import Folder
 
 Format = Literal["parquet", "jsonl"]
+RowKind = Literal["captions", "embeddings"]  # what the rows of a job hold
 Kind = Literal["bool", "int", "float", "string", "strings", "json"]  # of the values of a carried column
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
 _SHARD_NAME = re.compile(r"captions-(\d{5,})-of-(\d{5,})\.(parquet|jsonl)")
@@ -36,48 +40,74 @@ class Dropped(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionRow:
-    """What captioning says about one clip; `captions` is empty and `error` says why when `status` is "failed"."""
+class Row:
+    """What a job says about one clip; `error` says why when `status` is "failed"."""
 
     key: str
     video: str
     start_seconds: float
     end_seconds: float | None
-    captions: list[str]
-    log_probs: list[float]  # natural log, summed over the tokens of a caption and its end
-    prompt: str
     status: Literal["ok", "failed"]
     error: str | None  # "kind: what happened"
-    seed: int  # of this clip's samples
     model_sha256: str | None = None  # of weights and words; None outside of a job
-    recipe_sha256: str | None = None  # of all that the captions depend on besides the clip; None outside of a job
-    clip_scores: list[float] | None = None  # of each caption: cosine with the clip; None without a dual encoder
-    dropped: list[Dropped] | None = None  # in the order they were drawn; None without filters
+    recipe_sha256: str | None = None  # of all that the row depends on besides the clip; None outside of a job
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # columns carried over from the manifest
+
+    @classmethod
+    @functools.cache
+    def names(cls) -> tuple[str, ...]:
+        """Of the columns that are not carried over."""
+        return tuple(f.name for f in dataclasses.fields(cls) if f.name != "extra")
+
+    @classmethod
+    @functools.cache
+    def _needed(cls) -> frozenset[str]:
+        return frozenset(
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """A row from its columns, carried ones among them; ValueError says what is missing."""
+        if not values.keys() >= cls._needed():
+            raise ValueError(f"expected {', '.join(sorted(cls._needed()))}, not {sorted(values)}")
+        named = {name: value for name, value in values.items() if name in cls.names()}
+        return cls(**named, extra={name: value for name, value in values.items() if name not in named})
 
     def to_json(self) -> str:
         """One line of JSON."""
-        values = {name: getattr(self, name) for name in ROW_NAMES}
+        values = {name: getattr(self, name) for name in self.names()}
         return json.dumps(values | dict(self.extra), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, line: str) -> CaptionRow:
+    def from_json(cls, line: str) -> Self:
         """Reads what `to_json` wrote; ValueError says what is missing."""
         found = json.loads(line)
-        if not isinstance(found, dict) or not set(found) >= _NEEDED:
-            got = sorted(found) if isinstance(found, dict) else type(found).__name__
-            raise ValueError(f"expected a JSON object with {', '.join(sorted(_NEEDED))}, not {got}")
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, not {type(found).__name__}")
         return cls.from_values(found)
 
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> CaptionRow:
-        """A row from its columns, carried ones among them."""
-        named = {name: value for name, value in values.items() if name in ROW_NAMES}
-        return cls(**named, extra={name: value for name, value in values.items() if name not in ROW_NAMES})
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRow(Row):
+    """What captioning says about one clip; `captions` is empty when it failed."""
+
+    captions: list[str]
+    log_probs: list[float]  # natural log, summed over the tokens of a caption and its end
+    prompt: str
+    seed: int  # of this clip's samples
+    clip_scores: list[float] | None = None  # of each caption: cosine with the clip; None without a dual encoder
+    dropped: list[Dropped] | None = None  # in the order they were drawn; None without filters
 
 
-ROW_NAMES = tuple(f.name for f in dataclasses.fields(CaptionRow) if f.name != "extra")
-_NEEDED = set(ROW_NAMES) - {"model_sha256", "recipe_sha256", "clip_scores", "dropped"}
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbeddingRow(Row):
+    """The embedding of one clip."""
+
+    embedding: Sequence[float] | np.ndarray  # float32[E], of length 1; NaN when it failed
+
+
+ROW_NAMES = frozenset(CaptionRow.names() + EmbeddingRow.names())
 
 
 @dataclass
@@ -88,9 +118,9 @@ class Counts:
     failed: Counter[str] = field(default_factory=Counter)  # by the kind of error
     dropped: Counter[str] = field(default_factory=Counter)  # captions, by the name of the filter
 
-    def add(self, row: CaptionRow) -> None:
+    def add(self, row: Row) -> None:
         self.rows += 1
-        if row.dropped:
+        if isinstance(row, CaptionRow) and row.dropped:
             self.dropped.update(caption["reason"] for caption in row.dropped)
         if row.error is not None:
             self.failed[row.error.partition(":")[0]] += 1
@@ -102,8 +132,8 @@ class Counts:
         return self
 
 
-def shard_name(shard: int, shards: int, format: Format) -> str:
-    return f"captions-{shard:05d}-of-{shards:05d}.{format}"
+def shard_name(shard: int, shards: int, format: Format, kind: RowKind = "captions") -> str:
+    return f"{kind}-{shard:05d}-of-{shards:05d}.{format}"
 
 
 def widened(kind: Kind | None, value: Any) -> Kind | None:
@@ -129,7 +159,7 @@ def widened(kind: Kind | None, value: Any) -> Kind | None:
     return "float" if {kind, found} == {"int", "float"} else "json"
 
 
-def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[str, Kind]) -> bytes:
+def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind]) -> bytes:
     """The file of a shard. `columns` are the carried ones of the whole job: all its files have the same schema."""
     if format == "jsonl":
         return "".join(row.to_json() + "\n" for row in rows).encode()
@@ -138,12 +168,15 @@ def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[st
     for row in rows:
         counts.add(row)
     text, texts = pa.string(), pa.list_(pa.string())
-    types: dict[str, Any] = dict.fromkeys(ROW_NAMES, text)
-    types |= {"start_seconds": pa.float64(), "end_seconds": pa.float64(), "seed": pa.int64()}
-    numbers = pa.list_(pa.float64())
-    types |= {"captions": texts, "log_probs": numbers, "clip_scores": numbers}
-    kinds = {"caption": text, "log_prob": pa.float64(), "clip_score": pa.float64(), "reason": text}
-    types |= {"dropped": pa.list_(pa.struct(kinds))}
+    types: dict[str, Any] = dict.fromkeys(rows[0].names(), text)
+    types |= {"start_seconds": pa.float64(), "end_seconds": pa.float64()}
+    if isinstance(rows[0], EmbeddingRow):
+        types |= {"embedding": pa.list_(pa.float32(), len(rows[0].embedding))}
+    else:
+        numbers = pa.list_(pa.float64())
+        kinds = {"caption": text, "log_prob": pa.float64(), "clip_score": pa.float64(), "reason": text}
+        types |= {"captions": texts, "log_probs": numbers, "clip_scores": numbers, "seed": pa.int64()}
+        types |= {"dropped": pa.list_(pa.struct(kinds))}
     arrays = [pa.array(list(map(operator.attrgetter(name), rows)), kind) for name, kind in types.items()]
     carried = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": text, "strings": texts}
     for name, kind in columns.items():
@@ -160,7 +193,7 @@ def encode_shard(rows: Sequence[CaptionRow], format: Format, columns: Mapping[st
     return out.getvalue()
 
 
-def _decode_shard(data: bytes, format: str, where: object) -> Iterator[CaptionRow]:
+def _decode_shard[R: Row](data: bytes, format: str, row: type[R], where: object) -> Iterator[R]:
     if format == "parquet":
         pa = _pyarrow()
         try:
@@ -170,11 +203,14 @@ def _decode_shard(data: bytes, format: str, where: object) -> Iterator[CaptionRo
         kinds = json.loads((table.schema.metadata or {}).get(_COLUMNS, b"{}"))
         for values in table.to_pylist():
             read = {n: json.loads(v) if v is not None and kinds.get(n) == "json" else v for n, v in values.items()}
-            yield CaptionRow.from_values(read)
+            try:
+                yield row.from_values(read)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         return
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            yield CaptionRow.from_json(line.decode())
+            yield row.from_json(line.decode())
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
 
@@ -186,21 +222,21 @@ def count_shard(folder: Folder, name: str) -> Counts:
         with folder.open(name) as file:
             told = json.loads(_pyarrow().parquet.read_metadata(file).metadata[_COUNTS])
         return Counts(told["rows"], Counter(told["failed"]), Counter(told["dropped"]))
-    for row in read_shard(folder, name):
+    for row in read_shard(folder, name, CaptionRow):
         counts.add(row)
     return counts
 
 
-def read_shard(folder: Folder, name: str) -> Iterator[CaptionRow]:
+def read_shard[R: Row](folder: Folder, name: str, row: type[R]) -> Iterator[R]:
     """The rows of one file of a job."""
-    return _decode_shard(folder.read(name), name.rpartition(".")[2], f"{folder.name}/{name}")
+    return _decode_shard(folder.read(name), name.rpartition(".")[2], row, f"{folder.name}/{name}")
 
 
 def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:
     """Reads one file of caption rows, or every shard of a job's folder; ValueError when shards are missing."""
     if not is_url(path) and not Path(path).is_dir():
         data = Path(path).read_bytes()
-        yield from _decode_shard(data, "parquet" if data[:4] == b"PAR1" else "jsonl", path)
+        yield from _decode_shard(data, "parquet" if data[:4] == b"PAR1" else "jsonl", CaptionRow, path)
         return
     folder = Folder(path)
     shards = {name: match for name in folder.names() if (match := _SHARD_NAME.fullmatch(name))}
@@ -208,7 +244,7 @@ def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:
     if len(counts) != 1 or len(shards) != counts.pop():
         raise ValueError(f"{folder.name} holds {len(shards)} caption shards, no whole job: run the same command again")
     for name, _ in sorted(shards.items(), key=lambda item: int(item[1][1])):
-        yield from read_shard(folder, name)
+        yield from read_shard(folder, name, CaptionRow)
 
 
 def captions_by_key(rows: Iterable[CaptionRow]) -> dict[str, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from pyvdl import cluster
 from pyvdl.__main__ import main
 from pyvdl.caption import Captioner
 from pyvdl.checkpoint import save_model
-from pyvdl.cluster import Share, UnwrittenShard, Worker, caption_on_cluster
+from pyvdl.cluster import Share, UnwrittenShard, Worker, run_on_cluster
 from pyvdl.data import Record, write_manifest
 from pyvdl.jobs import Job, open_job
 from pyvdl.pipeline import JobSummary, caption_job
@@ -83,7 +83,7 @@ def test_workers_that_are_killed_and_shards_that_fail_change_no_row(
         notes.append((done, note))
 
     with pytest.raises(RuntimeError, match=r"1 of 9 shards failed, .*: \d \(ArithmeticError: no words for 7-1\)$"):
-        caption_on_cluster(
+        run_on_cluster(
             partial(frail, scars), records, out, workers=2, needs={"CPU": 1}, shard_size=SHARD, progress=progress
         )
     assert (scars / "killed").exists()
@@ -129,15 +129,15 @@ def test_a_worker_tells_what_is_the_shard_s_fault_and_what_the_disk_s(
 
     monkeypatch.setattr(Job, "finish", full)
     with pytest.raises(UnwrittenShard, match="No space left on device: 'a shard'"):
-        worker.caption((bad + 1) % 9)
+        worker.work_on((bad + 1) % 9)
     another = Worker(partial(replaced, captioner), str(tmp_path), {})
     with pytest.raises(ValueError, match=r"seen from .*\) holds another job \(seed was 3, now 4\)"):
-        another.caption(0)
+        another.work_on(0)
 
 
 def answer(worker: Worker, shard: int) -> Share | Exception:
     try:
-        return worker.caption(shard)
+        return worker.work_on(shard)
     except ArithmeticError as error:
         return error
 
@@ -151,11 +151,11 @@ def replaced(captioner: Captioner) -> Captioner:
 
 def test_a_job_that_cannot_begin_says_why(ray: Any, records: list[Record], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no worker is left, the last one: FileNotFoundError: no model here$"):
-        caption_on_cluster(absent, records, tmp_path, workers=1)
+        run_on_cluster(absent, records, tmp_path, workers=1)
     with pytest.raises(
         ValueError, match=r"a worker needs CPU=1, GPU=1, and the cluster has CPU=\d+, GPU=0: ask for less"
     ):
-        caption_on_cluster(absent, records, tmp_path, needs={"GPU": 1})
+        run_on_cluster(absent, records, tmp_path, needs={"GPU": 1})
     assert not list(tmp_path.glob("captions-*"))
 
 
@@ -166,5 +166,5 @@ def test_a_worker_that_dies_whenever_it_loads_the_model_is_given_up(
     with pytest.raises(
         RuntimeError, match="no worker is left, the last one: 2 in a row were lost, this one while it loaded the model"
     ):
-        caption_on_cluster(partial(dying, tmp_path), records, tmp_path / "out", workers=1)
+        run_on_cluster(partial(dying, tmp_path), records, tmp_path / "out", workers=1)
     assert len((tmp_path / "starts").read_text().split()) == 2

@@ -108,13 +108,13 @@ def test_the_page_of_what_is_done_reads_few_shards(job: Job, tmp_path: Path, mon
     for path in tmp_path.glob("captions-*"):
         os.utime(path, (1000, 1000))
     read: list[int] = []
-    rows = Job.rows
+    rows = Job.captions
 
     def noted(self: Job, shard: int) -> list[CaptionRow]:
         read.append(shard)
         return rows(self, shard)
 
-    monkeypatch.setattr(Job, "rows", noted)
+    monkeypatch.setattr(Job, "captions", noted)
     monkeypatch.setattr(job_page, "_SAMPLED_ROWS", 10)
     monkeypatch.setattr(job_page, "_CLIPS", 2)
     monkeypatch.setattr(job_page, "_examples", lambda *_: [])

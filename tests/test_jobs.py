@@ -193,7 +193,7 @@ def test_what_is_no_job_is_refused(tmp_path: Path) -> None:
         begin(tmp_path / "none", [])
     with pytest.raises(ValueError, match=r"2 keys stand for more than one clip \('0-0', '0-1'\)"):
         begin(tmp_path / "twice", [*clips(), *clips()[:2]])
-    with pytest.raises(ValueError, match="holds no captioning job"):
+    with pytest.raises(ValueError, match="holds no job, or one"):
         load_job(Folder(tmp_path / "twice"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "captions-00000-of-00001.jsonl").write_bytes(b"")
@@ -201,7 +201,7 @@ def test_what_is_no_job_is_refused(tmp_path: Path) -> None:
         begin(tmp_path / "old", clips())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / JOB_FILE).write_text("{}")
-    with pytest.raises(ValueError, match=r"has no 'recipe': it is not that of a captioning job"):
+    with pytest.raises(ValueError, match=r"has no 'recipe': it is not that of such a job"):
         load_job(Folder(tmp_path / "other"))
 
 

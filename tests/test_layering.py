@@ -34,6 +34,7 @@ FORBIDDEN = {
     "pyvdl.jobs": {"jax", "flax"},
     "pyvdl.exports": {"jax", "flax"},
     "pyvdl.page": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
+    "pyvdl.embed": {"pyvdl.pipeline", "pyvdl.train", "pyvdl.evaluate"},
     "pyvdl.pipeline": {"pyvdl.cluster"},
     "pyvdl.decoder_child": {"jax", "flax", "pyvdl.data"},
     "pyvdl.decoder_process": {"jax", "flax", "pyvdl.data"},

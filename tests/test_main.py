@@ -210,7 +210,7 @@ def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says:
         (["caption", "x.mp4", "--model", "nowhere", "--out", "/dev/null/o"], "nothing can be written into /dev/null/o"),
         (["adapt", "--stage", "visual", "--data", "no.jsonl", "--out", "o"], "no.jsonl"),
         (["stats", "--captions", "no.jsonl"], "no.jsonl"),
-        (["status", "nowhere"], "nowhere holds no captioning job"),
+        (["status", "nowhere"], "nowhere holds no job"),
     ],
 )
 def test_a_failed_job_is_one_line_and_code_1(
@@ -268,12 +268,8 @@ def test_probe_reads_manifests_and_says_versions(run: Run, corpus: Path) -> None
 def test_a_clip_named_twice_is_refused_where_keys_matter(run: Run, tmp_path: Path) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"key": "a", "video": "v.mp4"}\n')
-    for argv in (
-        ["caption", manifest, manifest],
-        ["embed", manifest, manifest, "--out", "o", "--model", "m"],
-    ):
-        code, _, err = run(*argv)
-        assert (code, "key 'a' is named twice" in err) == (2, True)
+    code, _, err = run("caption", manifest, manifest)
+    assert (code, "key 'a' is named twice" in err) == (2, True)
     assert len(run("probe", manifest, manifest, "--json")[1].splitlines()) == 1
 
 
@@ -464,18 +460,22 @@ def test_evaluate_and_embed_with_a_dual_encoder(run: Run, corpus: Path, dual: Pa
     assert code == 0
     assert all(f"{way} R@{k}" in out for way in ("text to video", "video to text") for k in (1, 5, 10))
     assert "zero-shot top-5" in out
-    wanted = tmp_path / "new" / "test.npz"
-    code, out, _ = run("embed", "--model", dual, "--videos", corpus / "test.jsonl", "--out", wanted)
+    job = ["embed", "--model", dual, "--videos", corpus / "test.jsonl", "--out", tmp_path / "job", "--export", "npz"]
+    code, out, _ = run(*job)
     assert code == 0
+    assert "(0 failed) in 1 shards, 0 of them from an earlier run" in out
+    wanted = tmp_path / "job" / "embeddings.npz"
+    assert f"npz: {wanted}" in out
     with np.load(wanted) as found:
         assert found["embeddings"].dtype == np.float32
         assert len(found["keys"]) == len(found["embeddings"]) == len(found["errors"])
         np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
-    assert [p.name for p in wanted.parent.iterdir()] == ["test.npz"]
+    code, out, _ = run(*job)
+    assert (code, "1 of them from an earlier run" in out) == (0, True)
 
-    small = tmp_path / "int8.npz"
-    assert run("embed", "--model", dual, "--videos", corpus / "test.jsonl", "--out", small, "--int8")[0] == 0
-    with np.load(wanted) as found, np.load(small) as found_small:
+    job[job.index("--out") + 1] = small = tmp_path / "int8"
+    assert run(*job, "--int8")[0] == 0
+    with np.load(wanted) as found, np.load(small / "embeddings.npz") as found_small:
         products = np.sum(found["embeddings"] * found_small["embeddings"], axis=1)
     assert (products > 0.99).all()
     assert (products < 1).any()
@@ -492,14 +492,14 @@ def test_public_checkpoints(run: Run, corpus: Path, tmp_path: Path) -> None:
     code, out, _ = run("caption", "--model", paligemma, "--videos", video, "--max-length", "4", "--json")
     assert code == 0
     assert json.loads(out)["prompt"] == "caption en"
-    code, out, _ = run("embed", video, "--model", GOLDEN / "clip-openai", "--out", tmp_path / "clip.npz")
+    code, out, _ = run("embed", video, "--model", GOLDEN / "clip-openai", "--out", tmp_path / "clip", "--export", "npz")
     assert code == 0
-    with np.load(tmp_path / "clip.npz") as found:
+    with np.load(tmp_path / "clip" / "embeddings.npz") as found:
         np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), [1], rtol=1e-5)
     code, _, err = run("embed", "--model", GOLDEN / "clip-openai")
     assert code == 2
     assert "no videos" in err
-    code, _, err = run("embed", video, "--model", GOLDEN / "t5", "--out", tmp_path / "t5.npz")
+    code, _, err = run("embed", video, "--model", GOLDEN / "t5", "--out", tmp_path / "t5")
     assert code == 1
     assert "a language model alone" in err
 

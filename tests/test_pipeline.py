@@ -120,7 +120,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same_to_the_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = pipeline.caption_shards
+    original = pipeline.run_shards
 
     def stops(captioner: Captioner, decoder: DecoderProcess, job: Job, asked: Any, *rest: Any) -> Iterator[Any]:
         for number, found in enumerate(original(captioner, decoder, job, asked, *rest)):
@@ -128,14 +128,14 @@ def test_a_stopped_job_goes_on_and_ends_the_same_to_the_bit(
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(pipeline, "caption_shards", stops)
+    monkeypatch.setattr(pipeline, "run_shards", stops)
     with pytest.raises(KeyboardInterrupt):
         job(model, tokenizer, records, tmp_path)
     assert len(shards(tmp_path)) == stop
     with pytest.raises(ValueError, match="no whole job"):
         list(read_captions(tmp_path))
     asked: list[int] = []
-    monkeypatch.setattr(pipeline, "caption_shards", original)
+    monkeypatch.setattr(pipeline, "run_shards", original)
     monkeypatch.setattr(Job, "work", _noting(Job.work, asked))
     done = job(model, tokenizer, records[::-1], tmp_path, num_threads=1, prefetch=0)  # how it runs may change
     assert sorted({*asked}) == [shard for shard in range(4) if shard >= stop]
@@ -158,8 +158,8 @@ def test_shards_are_the_same_in_any_order_and_company(
     captioner = Captioner(model, tokenizer, clip=CLIP, num_samples=2, max_length=6, seed=3, batch_size=2)
     there = load_job(Folder(whole))
     with DecoderProcess(CLIP, batch_size=2, num_threads=2, prefetch=2, timeout_seconds=60.0) as decoder:
-        found = dict(pipeline.caption_shards(captioner, decoder, there, iter([3, 1])))
-        found |= dict(pipeline.caption_shards(captioner, decoder, there, [2]))
+        found = dict(pipeline.run_shards(captioner, decoder, there, iter([3, 1])))
+        found |= dict(pipeline.run_shards(captioner, decoder, there, [2]))
     wanted: dict[str, CaptionRow] = {row.key: row for row in read_captions(whole)}
     assert sorted(found) == [1, 2, 3]
     for rows in found.values():

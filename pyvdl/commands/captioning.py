@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pyvdl.commands.common import (
     UsageError,
     asked_input,
+    asked_job,
+    asked_mesh,
     cutting_options,
+    export_asked,
     listed,
     load_asked,
     make_way,
@@ -62,78 +65,16 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def _caption_job(arguments: argparse.Namespace) -> int:
-    from pyvdl.exports import export
-    from pyvdl.progress import reporting
-    from pyvdl.storage import Folder
-
-    if arguments.engine == "ray" and arguments.distributed:
-        raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
-    if arguments.engine != "ray" and (arguments.workers is not None or arguments.worker_resources):
-        raise UsageError("--workers and --worker-resources go with --engine ray")
     filters = _filters(arguments)  # before anything is read
-    asked = asked_input(arguments, **cutting_options(arguments))
-    Folder(arguments.out).make()  # before a model is loaded for nothing
-    first = True  # of several processes
-    job: dict[str, Any] = {
-        "shard_size": arguments.shard_size,
-        "format": arguments.format,
-        "num_threads": arguments.num_threads,
-        "timeout_seconds": arguments.timeout_seconds,
-    }
-    if arguments.engine == "ray":
-        from functools import partial
-
-        from pyvdl.cluster import caption_on_cluster
-
-        score = arguments.clip_score and arguments.clip_score.absolute()  # workers stand elsewhere
-        there = argparse.Namespace(**vars(arguments) | {"model": arguments.model.absolute(), "clip_score": score})
-        with reporting("caption") as report:  # this process leaves the devices to the workers
-            done = caption_on_cluster(
-                partial(_captioner, there),
-                asked,
-                arguments.out,
-                workers=arguments.workers,
-                needs=dict(arguments.worker_resources),
-                input_sha256=asked.sha256(),
-                progress=report,
-                **job,
-            )
-    else:
-        import jax
-
-        from pyvdl.pipeline import caption_job
-        from pyvdl.sharding import join
-
-        if arguments.distributed:
-            join()
-        model, tokenizer, options = _captioning(arguments)
-        first = jax.process_index() == 0
-        with reporting("caption", enabled=first) as report:
-            done = caption_job(
-                model,
-                tokenizer,
-                asked,
-                arguments.out,
-                input_sha256=asked.sha256() if first else None,
-                progress=report,
-                **job,
-                **options,
-            )
-    print(
-        f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
-        f"{done.shards_skipped} of them from an earlier run"
-    )
+    done = asked_job(arguments, _captioner, arguments.format)
     if filters is not None:
         by_name = ", ".join(f"{count} by {name}" for name, count in done.dropped.items())
         print(f"{sum(done.dropped.values())} captions dropped" + (f" ({by_name})" if by_name else ""))
-    if first:
-        for kind in arguments.export:
-            print(f"{kind}: {export(arguments.out, kind)}")
+    export_asked(arguments)
     return 0
 
 
 def _captioner(arguments: argparse.Namespace) -> Captioner:
-    """What a worker of a cluster captions with."""
     from pyvdl.caption import Captioner
 
     model, tokenizer, options = _captioning(arguments)
@@ -142,17 +83,13 @@ def _captioner(arguments: argparse.Namespace) -> Captioner:
 
 def _captioning(arguments: argparse.Namespace) -> tuple[VLM, Tokenizer, dict[str, Any]]:
     """The model that is asked for, with the options of a `Captioner`."""
-    import jax
-
     from pyvdl.checkpoint import is_public
     from pyvdl.models.vlm import VLM
     from pyvdl.recipes import model_clip
-    from pyvdl.sharding import make_mesh, place
+    from pyvdl.sharding import place
     from pyvdl.text import PALIGEMMA_PROMPT
 
-    mesh = None
-    if jax.local_device_count() > 1 and arguments.out is not None:
-        mesh = make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices())
+    mesh = None if arguments.out is None else asked_mesh(arguments)
     model, tokenizer = load_asked(arguments, None if mesh is None else place(mesh))
     if not isinstance(model, VLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}: captions need a VLM")

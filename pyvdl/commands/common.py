@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from pyvdl.config import ClipConfig, DualEncoderConfig
     from pyvdl.data import Record
     from pyvdl.manifests import Input
     from pyvdl.models.dual_encoder import DualEncoder
     from pyvdl.models.vlm import VLM
     from pyvdl.models.weights import Place
+    from pyvdl.pipeline import JobSummary, Maker
+    from pyvdl.rows import Format
     from pyvdl.tokenizers import Tokenizer
 
 
@@ -122,6 +126,79 @@ def encoder_clip(arguments: argparse.Namespace, config: DualEncoderConfig) -> Cl
 
     clip = sampled(arguments, model_clip(config))
     return dataclasses.replace(clip, num_frames=ClipConfig().num_frames) if config.vision.num_frames == 1 else clip
+
+
+def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """Of this process's devices, where it has more than one."""
+    import jax
+
+    from pyvdl.sharding import make_mesh
+
+    several = jax.local_device_count() > 1
+    return make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices()) if several else None
+
+
+def asked_job(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Maker], format: Format) -> JobSummary:
+    """Runs the job that is asked for with what `load` makes of the arguments, here or on a cluster; tells its end."""
+    from functools import partial
+
+    from pyvdl.progress import reporting
+
+    ray = arguments.engine == "ray"
+    if ray and arguments.distributed:
+        raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
+    if not ray and (arguments.workers is not None or arguments.worker_resources):
+        raise UsageError("--workers and --worker-resources go with --engine ray")
+    asked = asked_input(arguments, **cutting_options(arguments))
+    first = True  # of several processes
+    run: Callable[..., JobSummary]
+    if ray:  # this process leaves the devices to the workers
+        from pyvdl.cluster import run_on_cluster
+
+        run = partial(run_on_cluster, workers=arguments.workers, needs=dict(arguments.worker_resources))
+        # Workers stand elsewhere.
+        paths = {name: value.absolute() for name, value in vars(arguments).items() if isinstance(value, Path)}
+        arguments = argparse.Namespace(**vars(arguments) | paths)
+    else:
+        import jax
+
+        from pyvdl.pipeline import run_job
+        from pyvdl.sharding import join
+
+        run = run_job
+        if arguments.distributed:
+            join()
+        first = jax.process_index() == 0
+    with reporting(arguments.verb, enabled=first) as report:
+        done = run(
+            partial(load, arguments),
+            asked,
+            arguments.out,
+            shard_size=arguments.shard_size,
+            format=format,
+            num_threads=arguments.num_threads,
+            timeout_seconds=arguments.timeout_seconds,
+            input_sha256=asked.sha256() if first else None,
+            progress=report,
+        )
+    print(
+        f"{arguments.out}: {done.rows} rows ({done.failed} failed) in {done.shards} shards, "
+        f"{done.shards_skipped} of them from an earlier run"
+    )
+    return done
+
+
+def export_asked(arguments: argparse.Namespace) -> None:
+    """Writes a finished job in the formats that are asked for; of several processes the first does."""
+    from pyvdl.exports import export
+
+    if arguments.distributed:
+        import jax
+
+        if jax.process_index():
+            return
+    for kind in arguments.export:
+        print(f"{kind}: {export(arguments.out, kind)}")
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
