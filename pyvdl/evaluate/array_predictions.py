@@ -1,7 +1,7 @@
 """Files of embeddings or similarities: NumPy archives (.npz), by whatever model they were made.
 
     keys              str[N]         of the videos; where it is left out "0", "1", ...
-    embeddings        float[N, E]    of the videos, NaN where one failed; `pyvdl embed` writes these two
+    embeddings        float[N, E]    of the videos, NaN where one failed (`pyvdl embed --export npz`)
     text_keys         str[M]         of retrieval: the key of the video that each text describes, texts of one video in
                                      the order of its captions; where it is left out, text i describes video i
     text_embeddings   float[M, E]
