@@ -14,7 +14,7 @@ from pyvdl.data import Record
 from pyvdl.jobs import Job, load_job
 from pyvdl.rows import CaptionRow, RowKind
 from pyvdl.sources import FileSlice, Source, is_url, read_whole
-from pyvdl.storage import Folder, write_whole
+from pyvdl.storage import Folder, write_arrays, write_whole
 
 _MAX_BYTES = 4 << 30  # of one video
 
@@ -120,15 +120,12 @@ def _content(source: Source) -> bytes | str:
 def _npz(job: Job, out: Path) -> Path:
     rows = [row for shard in range(job.shards) for row in job.embeddings(shard)]
     path = out / "embeddings.npz"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            keys=np.array([row.key for row in rows]),
-            embeddings=np.array([row.embedding for row in rows], np.float32),
-            errors=np.array([row.error or "" for row in rows]),
-        )
-    temporary.replace(path)
+    arrays = {
+        "keys": np.array([row.key for row in rows]),
+        "embeddings": np.array([row.embedding for row in rows], np.float32),
+        "errors": np.array([row.error or "" for row in rows]),
+    }
+    write_arrays(path, arrays)
     return path
 
 

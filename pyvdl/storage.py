@@ -165,6 +165,19 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
     _write(path, (line.encode() for line in lines))
 
 
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes a NumPy archive that appears whole or not at all."""
+    import numpy as np
+
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on several hosts processes have the same number
     try:

@@ -256,8 +256,7 @@ def _told(
     arguments: argparse.Namespace,
 ) -> Result:
     """The result with its name and options; what was predicted is written where --save asks for it."""
-    from pyvdl.evaluate.array_predictions import write_arrays
-    from pyvdl.storage import write_whole
+    from pyvdl.storage import write_arrays, write_whole
 
     name = result.task if benchmark is None else benchmark.name
     if arguments.save is not None:

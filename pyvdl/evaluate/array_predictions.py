@@ -17,7 +17,6 @@ Embeddings are compared by their cosine.
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,17 +47,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path}: {error}") from error
     return arrays
-
-
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes a NumPy archive that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tasks_of(arrays: Arrays) -> list[Task]:
