@@ -12,6 +12,7 @@ import pytest
 from pyvdl import metrics
 from pyvdl.benchmarks import BENCHMARKS, BY_NAME, TABLES
 from pyvdl.checkpoint import save_model
+from pyvdl.data import Record, write_manifest
 from pyvdl.datasets import READERS, read
 from pyvdl.evaluate.running import locate
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer
@@ -165,6 +166,23 @@ def test_a_model_of_the_other_kind_is_told(run: Run, root: Path, models: tuple[P
     code, _, err = run("--model", models[0], models[0], "--data", "x.jsonl")
     assert code == 2
     assert "name one of each kind" in err
+    code, _, err = run("--model", models[0], "--data", "x.jsonl", "--templates", "clip")
+    assert code == 2
+    assert "--clips and --templates go with a dual encoder" in err
+
+
+def test_a_manifest_asks_each_model_what_it_has(
+    run: Run, root: Path, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    video = str(root / "0.mp4")
+    write_manifest(tmp_path / "m.jsonl", [Record(key=key, video=video, label=key) for key in ("walking", "river")])
+    out = tmp_path / "s.json"
+    assert run("--model", *models, "--data", tmp_path / "m.jsonl", "--out", out)[0] == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert (result["task"], result["options"]["classes"]) == ("classes", ["river", "walking"])
+    code, _, err = run("--model", models[0], "--data", tmp_path / "m.jsonl")
+    assert code == 1
+    assert "no record has captions or questions, which this model would be asked for" in err
 
 
 def test_missing_videos_are_misses_or_left_out(run: Run, root: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -196,6 +214,7 @@ def test_missing_videos_are_misses_or_left_out(run: Run, root: Path, models: tup
         (["vatex", "--model", "m", "--annotations", "a.json"], "--annotations goes with --videos"),
         (["vatex", "--model", "m", "--data", "d", "--root", "r"], "do not go together"),
         (["vatex", "--model", "m", "--data", "d", "--names", "{x}"], "--names goes with --annotations"),
+        (["--predictions", "p", "--clips", "2"], "--skip-missing, --clips and --templates go with --model"),
         (["imagenet", "--model", "m", "--data", "d"], "'imagenet'"),
     ],
 )

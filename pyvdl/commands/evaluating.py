@@ -81,20 +81,23 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError("--model goes with --data, or with a benchmark's --annotations and --videos or --root")
         if given["annotations"] and arguments.videos is None:
             raise UsageError("--annotations goes with --videos, the folder of the videos")
+    elif arguments.skip_missing or _of_encoders(arguments):
+        raise UsageError("--skip-missing, --clips and --templates go with --model: predictions are made already")
     for name in ("videos", "names"):
         if getattr(arguments, name) is not None and not given["annotations"]:
             raise UsageError(f"--{name} goes with --annotations")
 
 
 def _load(arguments: argparse.Namespace) -> list[System]:
+    if arguments.model is None:
+        return []
+    from pyvdl.checkpoint import is_public
+    from pyvdl.evaluate.running import System
     from pyvdl.models.vlm import VLM
+    from pyvdl.recipes import model_clip
 
     found: list[System] = []
-    for path in arguments.model or ():
-        from pyvdl.checkpoint import is_public
-        from pyvdl.evaluate.running import System
-        from pyvdl.recipes import model_clip
-
+    for path in arguments.model:
         model, tokenizer = load_asked(argparse.Namespace(**vars(arguments) | {"model": path}))
         if isinstance(model, VLM):
             clip = sampled(arguments, model_clip(model.config))
@@ -111,7 +114,14 @@ def _load(arguments: argparse.Namespace) -> list[System]:
         if any(system.tasks == other.tasks for other in found):
             raise UsageError(f"--model {path} is {MODELS[system.tasks[0]]} like the one before: name one of each kind")
         found.append(system)
+    if _of_encoders(arguments) and not any("retrieval" in system.tasks for system in found):
+        raise UsageError("--clips and --templates go with a dual encoder")
     return found
+
+
+def _of_encoders(arguments: argparse.Namespace) -> bool:
+    """Whether there are options that only a dual encoder heeds."""
+    return arguments.clips != 1 or arguments.templates != "none"
 
 
 def _run(benchmark: Benchmark | None, systems: Sequence[System], arguments: argparse.Namespace) -> Iterator[Result]:
@@ -125,15 +135,15 @@ def _run(benchmark: Benchmark | None, systems: Sequence[System], arguments: argp
     if benchmark is not None and not wanted:
         raise Missing(f"it needs {MODELS[benchmark.task]}: name one with --model")
     records, options = _records(benchmark, arguments)
-    asked = [(system, _tasks(benchmark, system, records)) for system in wanted]
-    if not any(tasks for _, tasks in asked):
+    if not any(_tasks(benchmark, system, records) for system in wanted):
         kinds = " and ".join("captions or questions" if "captions" in s.tasks else "captions or labels" for s in wanted)
         raise ValueError(f"{arguments.data}: no record has {kinds}, which this model would be asked for")
     classes = sorted({record.label for record in records if record.label is not None})
     records, counts = _with_videos(records, arguments)
-    for system, tasks in asked:
+    for system in wanted:
+        tasks = _tasks(benchmark, system, records)
         some = [record for record in records if any(fits(record, task) for task in tasks)]
-        for result in _run_on_model(benchmark, system, tasks, some, classes, arguments):
+        for result in _run_on_model(benchmark, system, tasks, some, classes, arguments) if tasks else ():
             more = {"model": system.name, "int8": arguments.int8} | options
             yield dataclasses.replace(result, options=result.options | more, counts=result.counts | counts)
 
