@@ -1,4 +1,4 @@
-"""Captioning jobs as commands of their own, killed at random moments; for tests and `make soak`."""
+"""Captioning jobs as commands of their own, killed at random moments or over damaged files; for tests and soak."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from pyvdl.checkpoint import save_model
 from pyvdl.data import Record, write_manifest
+from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
 from tests.clips import write_clip
 from tests.models import tiny_vlm
+from tests.soak.seeds import REAL_VIDEOS, write_seeds
 
 SHARD = 2
 _DEADLINE_SECONDS = 300
@@ -191,3 +193,41 @@ def _ray_workers(driver: int) -> list[int]:
                 name = Path(f"/proc/{child}/cmdline").read_bytes()
                 found += [child] if name.startswith(b"ray::Worker") else _ray_workers(child)
     return found
+
+
+def run_damaged(scene: Scene, folder: Path, mutations: int) -> tuple[list[str], list[CaptionRow]]:
+    """One job over the videos beside the repository, or where there are none over small ones of each kind, and so many
+    mutations of them: the keys of its clips, and its rows."""
+    folder.mkdir()
+    sources = sorted(path for path in REAL_VIDEOS.glob("*.*") if path.suffix not in (".md", ".json"))
+    if not sources:
+        write_seeds(folder)
+        sources = sorted(folder.iterdir())
+    records = [Record(key=path.name, video=str(path)) for path in sources]
+    for number in range(mutations):
+        rng = random.Random(number)
+        source = sources[number % len(sources)]
+        path = folder / f"mutation-{number:03d}{source.suffix}"
+        path.write_bytes(_mutated(source.read_bytes(), rng))
+        records.append(Record(key=path.name, video=str(path)))
+    write_manifest(folder / "clips.jsonl", records)
+    finish(start(Scene(scene.model, folder / "clips.jsonl", len(records), scene.cache), folder / "out"))
+    return [record.key for record in records], list(read_captions(folder / "out"))
+
+
+def _mutated(data: bytes, rng: random.Random) -> bytes:
+    """The file with bytes flipped, cut off, cut out or written twice."""
+    found = bytearray(data)
+    at = rng.randrange(len(found))
+    length = min(len(found) - at, rng.randint(1, 1 << rng.randint(1, 16)))
+    match rng.randrange(4):
+        case 0:
+            for _ in range(rng.randint(1, 64)):
+                found[rng.randrange(len(found))] ^= 1 << rng.randrange(8)
+        case 1:
+            del found[at:]
+        case 2:
+            del found[at : at + length]
+        case 3:
+            found[at:at] = found[at : at + length]
+    return bytes(found)

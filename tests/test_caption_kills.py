@@ -1,4 +1,5 @@
-"""Captioning by the command line: killed or not, by one process or two, always the same rows. More by `make soak`."""
+"""Captioning by the command line: killed or not, by one process or two, always the same rows; damaged files. More by
+`make soak`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyvdl.rows import read_captions
-from tests.kills import Scene, finish, make_scene, run_killed, shards, start
+from tests.kills import Scene, finish, make_scene, run_damaged, run_killed, shards, start
 
 CLIPS = 24
 
@@ -43,3 +44,9 @@ def test_two_processes_write_what_one_does_killed_or_not(
         "job.json",
         "work",
     ]
+
+
+def test_a_job_over_damaged_files_ends_with_a_row_for_every_clip(scene: Scene, tmp_path: Path) -> None:
+    keys, rows = run_damaged(scene, tmp_path / "damaged", mutations=30)
+    assert sorted(row.key for row in rows) == sorted(keys)
+    assert {row.status for row in rows} == {"ok", "failed"}

@@ -11,20 +11,17 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from pyvdl.data import Record, write_manifest
-from pyvdl.rows import read_captions
-from tests.kills import Scene, finish, make_scene, run_killed, run_ray_killed, shards, start
-from tests.soak.seeds import ROOT, write_seeds
+from tests.kills import Scene, finish, make_scene, run_damaged, run_killed, run_ray_killed, shards, start
+from tests.soak.seeds import ROOT
 
 WORK = ROOT / "build" / "soak" / "captions"
-VIDEOS = ROOT.parent / "shared" / "videos"
 CLIPS = 80
 RAY_CLIPS = 600  # of a worker that is killed the other goes on
 KILLS_OF_A_JOB = 10
@@ -66,49 +63,12 @@ def start_twice(scene: Scene, wanted: dict[str, bytes]) -> bool:
     return good and shards(out) == wanted
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """The file with bytes flipped, cut off, cut out or written twice."""
-    found = bytearray(data)
-    at = rng.randrange(len(found))
-    length = min(len(found) - at, rng.randint(1, 1 << rng.randint(1, 16)))
-    match rng.randrange(4):
-        case 0:
-            for _ in range(rng.randint(1, 64)):
-                found[rng.randrange(len(found))] ^= 1 << rng.randrange(8)
-        case 1:
-            del found[at:]
-        case 2:
-            del found[at : at + length]
-        case 3:
-            found[at:at] = found[at : at + length]
-    return bytes(found)
-
-
 def damage(scene: Scene) -> bool:
-    """One job over damaged files."""
-    folder = WORK / "damaged"
-    folder.mkdir()
-    sources = sorted(path for path in VIDEOS.glob("*.*") if path.suffix not in (".md", ".json"))
-    if not sources:
-        write_seeds(folder)
-        sources = sorted(folder.iterdir())
-    records = [Record(key=path.name, video=str(path)) for path in sources]
-    for number in range(MUTATIONS):
-        rng = random.Random(number)
-        source = sources[number % len(sources)]
-        path = folder / f"mutation-{number:03d}{source.suffix}"
-        path.write_bytes(mutate(source.read_bytes(), rng))
-        records.append(Record(key=path.name, video=str(path)))
-    write_manifest(folder / "clips.jsonl", records)
     begin = time.monotonic()
-    finish(start(Scene(scene.model, folder / "clips.jsonl", len(records), scene.cache), folder / "out"))
-    rows = list(read_captions(folder / "out"))
-    kinds: dict[str, int] = {}
-    for row in rows:
-        kind = "ok" if row.error is None else row.error.partition(":")[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
+    keys, rows = run_damaged(scene, WORK / "damaged", MUTATIONS)
+    kinds = Counter("ok" if row.error is None else row.error.partition(":")[0] for row in rows)
     print(f"damaged files: {len(rows)} rows in {time.monotonic() - begin:.0f} s, {json.dumps(kinds)}", flush=True)
-    return sorted(row.key for row in rows) == sorted(record.key for record in records)
+    return sorted(row.key for row in rows) == sorted(keys)
 
 
 def main() -> int:
