@@ -12,6 +12,7 @@ help:
 	@echo "make env    only set up: .venv with Python 3.12 and the C++ decoder"
 	@echo "make soak   set up, then fuzz the decoder under sanitizers for SOAK_SECONDS (60), look for races and leaks, and"
 	@echo "            kill a process while it writes checkpoints, 20 times, and captioning jobs SOAK_KILLS (100) times"
+	@echo "            with each engine, and test kernels, models and training with the oldest JAX"
 	@echo "make libtpu set up, then fetch the TPU compiler (make test does too); bench.tpu_aot needs it, a TPU it does not"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make parity set up, then compare with PyTorch's transformers at random seeds and real layer shapes; PYTHON= a"
@@ -68,10 +69,15 @@ parity: env build/parity/env/.made
 	$(PY) -m tests.parity.compare_live build/parity/live --exports build/parity/exports
 	$(REFERENCE).check_exports build/parity/exports build/parity/live
 
+# The oldest JAX that is supported.
+OLDEST := 0.11.2
+
 soak: env
 	$(PY) -m tests.soak
 	PYVDL_KILLS=20 $(PY) -m pytest tests/test_checkpoint.py -k half_written
 	$(PY) -m tests.soak.captions
+	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --target build/soak/oldest jax==$(OLDEST) jaxlib==$(OLDEST)
+	PYTHONPATH=build/soak/oldest $(PY) -m pytest tests/test_kernels.py tests/test_models.py tests/test_train.py
 
 clean:
 	rm -rf build .venv demo
