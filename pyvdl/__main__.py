@@ -418,7 +418,6 @@ def _add_ablation(p: Parser) -> None:
         help="where everything goes (default: ablations); of all grids the same, so that they share what is done.\n"
         "The folder of `pyvdl demo` has corpus and image models already",
     )
-    p.add_argument("--preset", choices=tuple(PRESETS), help="sizes and recipes (default: demo, with --test paper)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of corpus and training (default: 0)")
     p.add_argument(
         "--set",
@@ -430,6 +429,7 @@ def _add_ablation(p: Parser) -> None:
     )
     group = p.add_argument_group("data and models of your own (default: the small corpus and its stand-ins)")
     group.add_argument("--test", type=Path, metavar="DATA", help="test records: manifest or WebDataset tars")
+    group.add_argument("--preset", choices=tuple(PRESETS), help="sizes and recipes (default: paper)")
     group.add_argument(
         "--data", type=Path, metavar="DATA", help="labelled: captions, narratives, and instruct's questions"
     )

@@ -9,18 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from .steps import Adapt, Captions, ImageModel, Said, Scored, Step, Texts, Train, order
 
-SCORES = {  # what is measured: title, and what it is measured with
-    "cider": ("CIDEr-D", "captions"),
-    "wups": ("WUPS", "questions"),
-    "exact_match": ("exact match", "questions"),
-    "R@1": ("R@1", "text to video"),
-    "R@5": ("R@5", "text to video"),
-    "R@10": ("R@10", "text to video"),
-    "top1": ("top-1", "zero-shot classes"),
-    "top5": ("top-5", "zero-shot classes"),
+
+class Measure(NamedTuple):
+    """A score of ours."""
+
+    title: str
+    by: str  # what of the test clips it is measured by
+    together: Literal["captions", "answers", "embeddings"]  # scores that one pass over the test clips gives
+
+
+SCORES = {
+    "cider": Measure("CIDEr-D", "captions", "captions"),
+    "wups": Measure("WUPS", "questions", "answers"),
+    "exact_match": Measure("exact match", "questions", "answers"),
+    "R@1": Measure("R@1", "text to video", "embeddings"),
+    "R@5": Measure("R@5", "text to video", "embeddings"),
+    "R@10": Measure("R@10", "text to video", "embeddings"),
+    "top1": Measure("top-1", "zero-shot classes", "embeddings"),
+    "top5": Measure("top-5", "zero-shot classes", "embeddings"),
 }
 
 

@@ -72,10 +72,10 @@ def judge(grid: Grid, scores: Mapping[str, Mapping[str, Items]], again: Mapping[
     for one, other in grid.pairs:
         for i, column in enumerate(grid.columns):
             first, second = (grid.paper(grid.row(key))[i] for key in (one, other))
-            if first is not None and second is not None and first != second:
+            if first is not None and second is not None and first != second and column.score in grid.scores:
                 way = (one, other) if first > second else (other, one)
                 found.setdefault((*way, column.score), []).append((column.title, abs(first - second)))
-    words = {(told.better, told.worse, told.score): told.source for told in grid.told}
+    words = {(told.better, told.worse, told.score): told.source for told in grid.told if told.score in grid.scores}
     return [
         _judged(grid, scores, again, way, tuple(found.get(way, ())), words.get(way))
         for way in (*found, *words)

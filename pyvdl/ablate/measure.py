@@ -28,30 +28,34 @@ from .judge import Items
 from .world import World
 
 
-def vlm_scores(path: Path, world: World) -> dict[str, Items]:
-    """Captions and answers of a saved VLM on the test clips that have such texts: "cider", "exact_match", "wups"."""
+def measure(together: str, path: Path, world: World) -> dict[str, Items]:
+    """Scores of a saved model on the test clips that have what they are measured by; see `grids.SCORES`.
+
+    "captions" of a VLM: "cider"; its "answers": "exact_match" and "wups"; "embeddings" of a dual encoder: "R@1", "R@5"
+    and "R@10" by each clip's first caption, "top1" and "top5" of those with a label.
+    """
+    if together == "embeddings":
+        return _embeddings(path, world)
     model, tokenizer = load_model(path)
     if not isinstance(model, VLM):
         raise ValueError(f"{path} holds a {type(model).__name__}: this grid needs a VLM")
     clip = steady(model_clip(model.config, world.sizes.visual.clip))
     options: dict[str, Any] = {"clip": clip, "batch_size": world.drawing.batch_size}
-    captioned = [record for record in world.test if record.captions]
-    asked = [record for record in world.test if record.questions]
-    found: dict[str, Items] = {}
-    if captioned:
+    if together == "captions":
+        captioned = [record for record in world.test if record.captions]
         said = evaluate_captions(model, tokenizer, captioned, max_length=world.drawing.max_length, **options)
-        found["cider"] = Items(said.per_item)
-    if asked:
-        told = evaluate_questions(model, tokenizer, asked, **options).predictions
-        answers = [question.answers for record in asked for question in record.questions]
-        clips = np.repeat(np.arange(len(asked)), [len(record.questions) for record in asked])
-        found["exact_match"] = Items(100.0 * metrics.exact_match(told, answers).per_item, clips)
-        found["wups"] = Items(100.0 * metrics.wups(told, answers).per_item, clips)
-    return found
+        return {"cider": Items(said.per_item)}
+    asked = [record for record in world.test if record.questions]
+    told = evaluate_questions(model, tokenizer, asked, **options).predictions
+    answers = [question.answers for record in asked for question in record.questions]
+    clips = np.repeat(np.arange(len(asked)), [len(record.questions) for record in asked])
+    return {
+        "exact_match": Items(100.0 * metrics.exact_match(told, answers).per_item, clips),
+        "wups": Items(100.0 * metrics.wups(told, answers).per_item, clips),
+    }
 
 
-def encoder_scores(path: Path, world: World) -> dict[str, Items]:
-    """Retrieval by each test clip's first caption ("R@1", ...), and classes of those with a label ("top1", "top5")."""
+def _embeddings(path: Path, world: World) -> dict[str, Items]:
     model, tokenizer = load_model(path)
     if not isinstance(model, DualEncoder):
         raise ValueError(f"{path} holds a {type(model).__name__}: this grid needs a dual encoder")

@@ -29,9 +29,10 @@ HOW = (
 _MARKS = {"agrees": "yes", "does not": "no", "undecided": "open"}
 
 
-def write_results(grid: Grid, outcome: Outcome, world: World, out: Path) -> Path:
+def write_results(outcome: Outcome, world: World, out: Path) -> Path:
     """Writes NAME.json, plots and NAME.html into `out`; returns the page's path."""
-    plots = draw(lambda colours: figures(grid, outcome, colours))
+    grid = outcome.grid
+    plots = draw(lambda colours: figures(outcome, colours))
     for name, files in plots.items():
         (out / f"{grid.name}-{name}.png").write_bytes(files["light"])
     write_whole(out / f"{grid.name}.json", [json.dumps(_facts(grid, outcome, world), indent=1) + "\n"])
@@ -58,14 +59,15 @@ def write_results(grid: Grid, outcome: Outcome, world: World, out: Path) -> Path
     return path
 
 
-def table(grid: Grid, outcome: Outcome) -> str:
+def table(outcome: Outcome) -> str:
     """The paper's table beside ours as aligned plain text, the directions, and what is not the paper's about it."""
+    grid = outcome.grid
     rows = [
         ["", *("the paper" for _ in grid.columns), *("ours" for _ in grid.scores)],
         ["", *(column.title.rpartition(" ")[0] for column in grid.columns), *("" for _ in grid.scores)],
         [grid.source, *(column.title.rpartition(" ")[2] for column in grid.columns)],
     ]
-    rows[-1] += [SCORES[score][0] for score in grid.scores]
+    rows[-1] += [SCORES[score].title for score in grid.scores]
     for row in grid.rows:
         shown = _shown(grid, outcome, row)
         ours = [f"{cell['value']} {cell['interval']}".strip() for cell in shown["ours"]]
@@ -122,7 +124,7 @@ def _direction(grid: Grid, one: Judged) -> dict[str, str]:
     return {
         "mark": _MARKS[one.verdict],
         "verdict": one.verdict,
-        "claim": f"{better} above {worse} in {SCORES[one.score][0]}",
+        "claim": f"{better} above {worse} in {SCORES[one.score].title}",
         "figures": f"{paper}, {ours}; another seed changes {one.seed:.1f}",
     }
 

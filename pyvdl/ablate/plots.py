@@ -20,8 +20,9 @@ _PAPER_MARKS = "oDs"  # of the paper's columns that are held against one score
 _CURVE_COLOURS = ("alt_text", "human_captions", "pseudo_captions")
 
 
-def figures(grid: Grid, outcome: Outcome, colours: Mapping[str, str]) -> dict[str, Figure]:
+def figures(outcome: Outcome, colours: Mapping[str, str]) -> dict[str, Figure]:
     """Of each score the rows, as `rows-SCORE`, and where directions are judged by it, `directions-SCORE`."""
+    grid = outcome.grid
     found = {}
     for score in grid.scores:
         name = score.replace("@", "")
@@ -98,7 +99,7 @@ def _curves(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]
             ours.set_xticks(x, [f"{share:g}%" for share in x])
     ours.minorticks_off()
     ours.set_xlabel("share of the clips")
-    ours.set_ylabel(f"{SCORES[score][0]}, ours")
+    ours.set_ylabel(f"{SCORES[score].title}, ours")
     ours.grid(linewidth=0.7)
     paper.set_xticks([0], ["all"])
     paper.set_xlim(-0.4, 0.9)
@@ -130,7 +131,7 @@ def _directions(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, 
     axes.set_yticks(at, labels, fontsize=8, color=colours["ink"])
     axes.set_ylim(-0.6, len(judged) - 0.25)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"difference in {SCORES[score][0]}, ours", fontsize=9)
+    axes.set_xlabel(f"difference in {SCORES[score].title}, ours", fontsize=9)
     axes.grid(axis="x", linewidth=0.7)
     return figure
 

@@ -27,7 +27,7 @@ from pyvdl.video import DecodeError, VideoDecoder
 
 from .grids import SCORES, Grid
 from .judge import Items, Judged, judge
-from .measure import encoder_scores, steady, vlm_scores
+from .measure import measure, steady
 from .stand_ins import merge
 from .steps import Adapt, Captions, ImageModel, Said, Scored, Step, Train, describe, digest, order
 from .world import World
@@ -39,6 +39,7 @@ _AGAIN = 1000  # what a repeated training's seed lies above the first one's
 class Outcome:
     """A grid that was run."""
 
+    grid: Grid  # with the scores that the test clips allow
     scores: Mapping[str, Mapping[str, Items]]  # by row, then by score
     again: Mapping[str, Items]  # of the row that was trained again
     left_out: Mapping[str, str]  # rows that were not run, and what they need
@@ -172,23 +173,23 @@ class Work:
                 found = self._said(said)
         return fraction(found, step.share)
 
-    def scores(self, recipe: Scored) -> dict[str, Items]:
+    def scores(self, recipe: Scored, together: str) -> dict[str, Items]:
         """What the model of a recipe scores on the test clips, item by item; measured once."""
-        path = self._scores_path(recipe)
+        path = self._scores_path(recipe, together)
         if not path.exists():
-            found = (encoder_scores if isinstance(recipe, Train) else vlm_scores)(self._model(recipe), self.world)
+            found = measure(together, self._model(recipe), self.world)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, [json.dumps({key: items.to_json() for key, items in found.items()})])
         return {key: Items.from_json(items) for key, items in read_object(path.read_bytes(), path).items()}
 
-    def _scores_path(self, recipe: Scored) -> Path:
+    def _scores_path(self, recipe: Scored, together: str) -> Path:
         """Named by the recipe, the test clips, and how they are measured."""
         how = json.dumps([self.world.test_digest, self.world.drawing.max_length, self.world.templates])
         test = hashlib.sha256(how.encode()).hexdigest()
-        return self.out / "scores" / f"{self.name(recipe)}-{test[:8]}.json"
+        return self.out / "scores" / f"{self.name(recipe)}-{together}-{test[:8]}.json"
 
-    def measured(self, recipe: Scored) -> bool:
-        return self._scores_path(recipe).exists()
+    def measured(self, recipe: Scored, together: str) -> bool:
+        return self._scores_path(recipe, together).exists()
 
 
 def _windows(record: Record, count: int) -> list[Record]:
@@ -216,26 +217,33 @@ def run_grid(grid: Grid, world: World, out: Path) -> Outcome:
     lacking = {row.key: lack for row in grid.rows if (lack := _lacks(row.recipe, world))}
     if len(lacking) == len(grid.rows) or grid.again in lacking:
         raise ValueError(f"{grid.name} needs {lacking.get(grid.again) or next(iter(lacking.values()))}")
+    shown = tuple(score for score in grid.scores if world.measures(SCORES[score].by))
+    if not shown:
+        raise ValueError(f"the test clips have nothing to measure {', '.join(grid.scores)} by, which {grid.name} shows")
+    grid = dataclasses.replace(grid, scores=shown)
     recipes = {row.key: row.recipe for row in grid.rows if row.key not in lacking}
     work = Work(world, out, Clock(out / "seconds.json"))
-    todo = [*recipes.values(), grid.repeated()]
+    todo = list(dict.fromkeys([*recipes.values(), grid.repeated()]))
     steps = list(dict.fromkeys(s for r in todo if not isinstance(r, ImageModel) for s in order(r)))
     missing = [step for step in steps if not work.done(step)]
     print(f"{grid.name}: {len(steps)} steps, {len(steps) - len(missing)} done before", file=sys.stderr, flush=True)
     for i, step in enumerate(missing, 1):
         with work.clock.phase(work.name(step), f"{i}/{len(missing)}  {describe(step)}"):
             work.carry_out(step)
-    unmeasured = [recipe for recipe in dict.fromkeys(todo) if not work.measured(recipe)]
-    for i, recipe in enumerate(unmeasured, 1):
-        with work.clock.phase(f"{work.name(recipe)} scores", f"{i}/{len(unmeasured)}  scores of: {describe(recipe)}"):
-            work.scores(recipe)
-    scores = {key: work.scores(recipe) for key, recipe in recipes.items()}
-    again = work.scores(grid.repeated())
-    for score in grid.scores:
-        if score not in again:
-            raise ValueError(f"{grid.name} shows {score}: the test clips have no {SCORES[score][1]} to measure it with")
-    names = {work.name(step) for step in steps} | {f"{work.name(recipe)} scores" for recipe in todo}
+    measures = [(recipe, part) for recipe in todo for part in dict.fromkeys(SCORES[s].together for s in shown)]
+    unmeasured = [one for one in measures if not work.measured(*one)]
+    for i, (recipe, part) in enumerate(unmeasured, 1):
+        says = f"{i}/{len(unmeasured)}  {part} of the test clips: {describe(recipe)}"
+        with work.clock.phase(f"{work.name(recipe)} {part}", says):
+            work.scores(recipe, part)
+    found: dict[Scored, dict[str, Items]] = {}
+    for recipe, part in measures:
+        found.setdefault(recipe, {}).update(work.scores(recipe, part))
+    scores = {key: found[recipe] for key, recipe in recipes.items()}
+    again = found[grid.repeated()]
+    names = {work.name(step) for step in steps} | {f"{work.name(recipe)} {part}" for recipe, part in measures}
     return Outcome(
+        grid=grid,
         scores=scores,
         again=again,
         left_out=lacking,

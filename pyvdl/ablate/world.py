@@ -24,6 +24,7 @@ from .stand_ins import about_pictures, long_answers
 from .steps import Adapt, Captions, ImageModel, Lesson, Stage, Step, Train
 
 SOURCES = ("pictures", "long answers", "summary")  # of the paper's, which have stand-ins at toy size
+TOY_PRESET = "demo"
 TOY_CHANGES: dict[str, tuple[str, ...]] = {  # the demo has 600, 800, 120
     "visual": ("steps=400",),
     "language": ("steps=500",),
@@ -93,6 +94,15 @@ class World:
             case Train(texts="human") if not any(record.captions for record in self.unlabelled):
                 return "human captions of the unlabelled clips"
         return None
+
+    def measures(self, by: str) -> bool:
+        """Whether the test clips have what a score is measured by (see `grids.SCORES`)."""
+        match by:
+            case "captions" | "text to video":
+                return any(record.captions for record in self.test)
+            case "questions":
+                return any(record.questions for record in self.test)
+        return any(record.label is not None for record in self.test)
 
     def facts(self, step: Step | ImageModel) -> dict[str, Any]:
         """What of this world the step itself depends on; its inputs have facts of their own."""
@@ -171,19 +181,18 @@ def read_changes(assignments: Iterable[str], preset: str) -> tuple[dict[str, tup
     return changes, drawing
 
 
-def toy_world(directory: Path, *, preset: str = "demo", seed: int = 0, assignments: Iterable[str] = ()) -> World:
+def toy_world(directory: Path, *, seed: int = 0, assignments: Iterable[str] = ()) -> World:
     """The small corpus and the stand-ins for published models, made below `directory` where they are not there yet.
 
     They stand where the demo puts its own, which are the same: in its folder nothing of this is done again. The stages
     are shorter than the demo's (`TOY_CHANGES`), since a grid has many of them.
     """
-    asked, drawing = read_changes(assignments, preset)
-    shorter = TOY_CHANGES if preset == "demo" else {}
-    changes = {kind: (*shorter.get(kind, ()), *asked.get(kind, ())) for kind in {**shorter, **asked}}
+    asked, drawing = read_changes(assignments, TOY_PRESET)
+    changes = {kind: (*shorter, *asked.get(kind, ())) for kind, shorter in TOY_CHANGES.items()}
     with reporting("video files") as progress:
         corpus = make_corpus(directory / "corpus", num_clips=starts.CLIPS, seed=seed, progress=progress)
     tokenizer = WordTokenizer.from_texts(starts.texts(corpus))
-    sizes = PRESETS[preset](tokenizer.vocab_size)
+    sizes = PRESETS[TOY_PRESET](tokenizer.vocab_size)
     if not (directory / "image" / "model").exists():
         starts.image_models(corpus, tokenizer, sizes, directory, seed)
     encoder = directory / "dual_start"
@@ -202,7 +211,7 @@ def toy_world(directory: Path, *, preset: str = "demo", seed: int = 0, assignmen
         test=corpus.test,
         vlm=directory / "image" / "model",
         encoder=encoder,
-        preset=preset,
+        preset=TOY_PRESET,
         seed=seed,
         changes=changes,
         drawing=override(drawn, drawing),

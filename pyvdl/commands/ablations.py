@@ -33,22 +33,22 @@ def ablate(arguments: argparse.Namespace) -> int:
     with hold(Folder(arguments.out)):
         world = make_world()
         outcome = run_grid(grid, world, arguments.out)
-        page = write_results(grid, outcome, world, arguments.out)
-    print(table(grid, outcome))
+        page = write_results(outcome, world, arguments.out)
+    print(table(outcome))
     print(f"\npage: {page}")
     return 0
 
 
 def _checked(arguments: argparse.Namespace) -> Callable[[], World]:
     """Tells the mistakes in the command; then what makes that which the grid begins with."""
-    from pyvdl.ablate.world import SOURCES, read_changes, toy_world, user_world
+    from pyvdl.ablate.world import SOURCES, TOY_PRESET, read_changes, toy_world, user_world
 
-    preset = arguments.preset or ("demo" if arguments.test is None else "paper")
+    preset = (arguments.preset or "paper") if arguments.test is not None else TOY_PRESET
     try:
         read_changes(arguments.set, preset)
     except ValueError as error:
         raise UsageError(f"--set {error}") from None
-    settings = {"preset": preset, "seed": arguments.seed, "assignments": arguments.set}
+    settings = {"seed": arguments.seed, "assignments": arguments.set}
     brought = {
         "labelled": arguments.data,
         "unlabelled": arguments.unlabelled,
@@ -62,7 +62,9 @@ def _checked(arguments: argparse.Namespace) -> Callable[[], World]:
             raise UsageError(f"--source {text}: expected NAME=DATA with one of {', '.join(SOURCES)}")
         sources[name] = Path(path)
     if arguments.test is not None:
-        return partial(user_world, arguments.out, test=arguments.test, sources=sources, **brought, **settings)
-    if sources or any(brought.values()):
-        raise UsageError("data and models of your own need --test, the clips to measure them on")
+        return partial(
+            user_world, arguments.out, test=arguments.test, preset=preset, sources=sources, **brought, **settings
+        )
+    if sources or arguments.preset or any(brought.values()):
+        raise UsageError("a preset, data and models of your own need --test, the clips to measure them on")
     return partial(toy_world, arguments.out, **settings)
