@@ -23,6 +23,12 @@ PALIGEMMA_QUESTION_PROMPT: Final = "answer en {question}"
 QUESTION_PROMPT: Final = "Answer in en: {question}"
 DETAIL_PROMPT: Final = "Describe the video in detail:"
 
+
+def prompts_for(public: bool) -> tuple[str, str]:
+    """For captions, and for answers with "{question}" in it; `public`: a checkpoint of others, not one made here."""
+    return (PALIGEMMA_PROMPT, PALIGEMMA_QUESTION_PROMPT) if public else (CAPTION_PROMPT, QUESTION_PROMPT)
+
+
 # An apostrophe or a hyphen inside a word belongs to it; any other mark is a token of its own.
 _PIECE = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _NO_SPACE_BEFORE = frozenset(".,!?:;)]}%")

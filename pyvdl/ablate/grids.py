@@ -243,6 +243,7 @@ INSTRUCTION_SOURCE = Grid(
     again="instructions",
     notes=(
         "All but the first row begin with the model after the visual stage: the last row is the method's own recipe.",
+        "The rows whose questions rules make learn to tell the narratives, too.",
         "The test asks the questions that the rules make, in the same words and as shortly: what the paper's short "
         "questions bring back, the answers' form, the toy's reasoning questions have already.",
     ),
@@ -344,16 +345,12 @@ DATA_SCALE = Grid(
     ),
     pairs=(("frames + summary 1", "alt-text 1"), ("pseudo-captions 1", "frames + summary 1")),
     again="pseudo-captions 1",
-    told=(
-        Told(
-            "pseudo-captions 0.03", "alt-text 1", "R@1", "Figure 5: 1% of VideoCC+ is worth all of VideoCC's alt-text"
-        ),
-    ),
     notes=(
         "Of Figure 5 the ends at all of the data are taken from Table 4, which has the same sources; between them its "
         "statements in words are at hand, not its points. Of Tables 10 and 11 nothing is at hand but that they are of "
         "data scale.",
-        "Figure 5 has alt-text and merged frame captions saturate: see the curves, no direction is judged by it.",
+        "Figure 5 has alt-text and merged frame captions saturate, and 1% of VideoCC+ be worth all of VideoCC's "
+        "alt-text: see the curves, no direction is judged by it.",
         "A smaller share is part of a larger one. All train for as many steps: fewer clips are seen oftener each.",
     ),
 )

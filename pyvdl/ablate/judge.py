@@ -65,6 +65,8 @@ class Judged:
 def judge(grid: Grid, scores: Mapping[str, Mapping[str, Items]], again: Mapping[str, Items]) -> list[Judged]:
     """The directions of the grid's pairs in each column that has figures of both rows, then those told in words.
 
+    Where the paper's columns of one score disagree on a pair, that has no direction in it.
+
     scores: of the rows that were run, by row and score; directions of others are left out. again: of the row
     `grid.again`, trained with another seed.
     """
@@ -79,7 +81,7 @@ def judge(grid: Grid, scores: Mapping[str, Mapping[str, Items]], again: Mapping[
     return [
         _judged(grid, scores, again, way, tuple(found.get(way, ())), words.get(way))
         for way in (*found, *words)
-        if {*way[:2]} <= set(scores)
+        if {*way[:2]} <= set(scores) and (way[1], way[0], way[2]) not in found
     ]
 
 

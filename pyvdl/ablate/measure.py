@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyvdl import metrics
-from pyvdl.checkpoint import load_model
+from pyvdl.checkpoint import is_public, load_model
 from pyvdl.config import ClipConfig
 from pyvdl.evaluate import (
     RECALL_AT,
@@ -20,9 +20,11 @@ from pyvdl.evaluate import (
     evaluate_questions,
     evaluate_retrieval,
 )
+from pyvdl.evaluate.scores import answer_points, owners
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.recipes import model_clip
+from pyvdl.text import prompts_for
 
 from .judge import Items
 from .world import World
@@ -41,18 +43,18 @@ def measure(together: str, path: Path, world: World) -> dict[str, Items]:
         raise ValueError(f"{path} holds a {type(model).__name__}: this grid needs a VLM")
     clip = steady(model_clip(model.config, world.sizes.visual.clip))
     options: dict[str, Any] = {"clip": clip, "batch_size": world.drawing.batch_size}
+    caption, question = prompts_for(is_public(path))
     if together == "captions":
         captioned = [record for record in world.test if record.captions]
-        said = evaluate_captions(model, tokenizer, captioned, max_length=world.drawing.max_length, **options)
+        options |= {"prompt": caption, "max_length": world.drawing.max_length}
+        said = evaluate_captions(model, tokenizer, captioned, **options)
         return {"cider": Items(said.per_item)}
     asked = [record for record in world.test if record.questions]
-    told = evaluate_questions(model, tokenizer, asked, **options).predictions
-    answers = [question.answers for record in asked for question in record.questions]
-    clips = np.repeat(np.arange(len(asked)), [len(record.questions) for record in asked])
-    return {
-        "exact_match": Items(100.0 * metrics.exact_match(told, answers).per_item, clips),
-        "wups": Items(100.0 * metrics.wups(told, answers).per_item, clips),
-    }
+    told = evaluate_questions(model, tokenizer, asked, prompt=question, **options).predictions
+    questions = [question for record in asked for question in record.questions]
+    points = answer_points(told, [q.answers for q in questions], [q.type for q in questions])
+    clips = owners([len(record.questions) for record in asked])
+    return {name: Items(points[name], clips) for name in ("exact_match", "wups")}
 
 
 def _embeddings(path: Path, world: World) -> dict[str, Items]:
@@ -67,7 +69,8 @@ def _embeddings(path: Path, world: World) -> dict[str, Items]:
     if captioned.any():
         texts = embed_texts(model, tokenizer, [record.captions[0] for record in world.test if record.captions])
         ranks = evaluate_retrieval(videos[captioned], texts).t2v_ranks
-        found |= {f"R@{k}": Items(100.0 * (ranks <= k)) for k in RECALL_AT}
+        there = ~np.isnan(videos[captioned]).any(axis=1)
+        found |= {f"R@{k}": Items(100.0 * ((ranks <= k) & there)) for k in RECALL_AT}
     if labelled.any():
         names = sorted({record.label for record in world.test if record.label is not None})
         labels = np.array([names.index(record.label) for record in world.test if record.label is not None])

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyvdl.checkpoint import load_model
+from pyvdl.checkpoint import is_public, load_model
 from pyvdl.clock import Clock
 from pyvdl.data import Record
 from pyvdl.models.vlm import VLM
@@ -23,6 +23,7 @@ from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, fraction, model_clip, train
 from pyvdl.rows import captions_by_key, read_captions
 from pyvdl.storage import read_object, write_whole
+from pyvdl.text import prompts_for
 from pyvdl.video import DecodeError, VideoDecoder
 
 from .grids import SCORES, Grid
@@ -127,6 +128,7 @@ class Work:
                 records,
                 folder,
                 clip=clip,
+                prompt=prompts_for(is_public(self._model(step.model)))[0],
                 max_length=drawing.max_length,
                 batch_size=drawing.batch_size,
                 shard_size=min(1000, 2 * drawing.batch_size),
@@ -220,9 +222,10 @@ def run_grid(grid: Grid, world: World, out: Path) -> Outcome:
     shown = tuple(score for score in grid.scores if world.measures(SCORES[score].by))
     if not shown:
         raise ValueError(f"the test clips have nothing to measure {', '.join(grid.scores)} by, which {grid.name} shows")
-    grid = dataclasses.replace(grid, scores=shown)
+    rows = tuple(row if world.stands_in(row.recipe) else dataclasses.replace(row, stand_in=None) for row in grid.rows)
+    grid = dataclasses.replace(grid, scores=shown, rows=rows)
     recipes = {row.key: row.recipe for row in grid.rows if row.key not in lacking}
-    work = Work(world, out, Clock(out / "seconds.json"))
+    work = Work(world, out, Clock(out / "ablation-seconds.json"))
     todo = list(dict.fromkeys([*recipes.values(), grid.repeated()]))
     steps = list(dict.fromkeys(s for r in todo if not isinstance(r, ImageModel) for s in order(r)))
     missing = [step for step in steps if not work.done(step)]

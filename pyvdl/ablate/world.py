@@ -21,7 +21,7 @@ from pyvdl.synthetic import make_corpus
 from pyvdl.text import WordTokenizer
 
 from .stand_ins import about_pictures, long_answers
-from .steps import Adapt, Captions, ImageModel, Lesson, Stage, Step, Train
+from .steps import Adapt, Captions, ImageModel, Lesson, Said, Scored, Stage, Step, Train
 
 SOURCES = ("pictures", "long answers", "summary")  # of the paper's, which have stand-ins at toy size
 TOY_PRESET = "demo"
@@ -104,12 +104,16 @@ class World:
                 return any(record.questions for record in self.test)
         return any(record.label is not None for record in self.test)
 
+    def stands_in(self, recipe: Scored) -> bool:
+        """Whether a stand-in is in place of the paper's source, where a recipe has one."""
+        return self.toy or (_merged(recipe) and self.summaries is None)
+
     def facts(self, step: Step | ImageModel) -> dict[str, Any]:
         """What of this world the step itself depends on; its inputs have facts of their own."""
         found: dict[str, Any] = {"pyvdl": pyvdl.__version__, "seed": self.seed}
         match step:
             case ImageModel():
-                found = {"start": _files(self.vlm)}
+                found |= {"start": _files(self.vlm), "clip": repr(self.sizes.visual.clip)}
             case Adapt():
                 kind = _KIND[step.stage]
                 found |= {"data": self._lesson_digest(step.lesson), "changes": self.changes.get(kind, ())}
@@ -122,7 +126,8 @@ class World:
             case Train():
                 data = self._lesson_digest("captions") if step.texts == "labelled" else self._unlabelled_digest
                 found |= {"data": data, "changes": self.changes.get("contrastive", ()), "start": _files(self.encoder)}
-                found |= {"sizes": repr(self.sizes.contrastive), "summaries": self.summaries}
+                found |= {"sizes": repr(self.sizes.contrastive)}
+                found |= {"summaries": self.summaries if _merged(step) else None}
         return found
 
     @functools.cached_property
@@ -145,6 +150,10 @@ class World:
         if name not in self._lesson_digests:
             self._lesson_digests[name] = digest(self.lesson(name) or ())
         return self._lesson_digests[name]
+
+
+def _merged(recipe: Scored | Step) -> bool:
+    return isinstance(recipe, Train) and isinstance(recipe.texts, Said) and recipe.texts.how == "summary"
 
 
 def _reasoning(record: Record) -> Record:
@@ -193,9 +202,9 @@ def toy_world(directory: Path, *, seed: int = 0, assignments: Iterable[str] = ()
         corpus = make_corpus(directory / "corpus", num_clips=starts.CLIPS, seed=seed, progress=progress)
     tokenizer = WordTokenizer.from_texts(starts.texts(corpus))
     sizes = PRESETS[TOY_PRESET](tokenizer.vocab_size)
-    if not (directory / "image" / "model").exists():
+    image, encoder = directory / "image" / "model", directory / "dual_start"
+    if not image.exists():
         starts.image_models(corpus, tokenizer, sizes, directory, seed)
-    encoder = directory / "dual_start"
     if not encoder.exists():
         starts.inflated(directory / "encoder" / "model", encoder, sizes, seed)
     drawn = Drawing(
@@ -209,7 +218,7 @@ def toy_world(directory: Path, *, seed: int = 0, assignments: Iterable[str] = ()
         labelled=[starts.instructed(record) for record in corpus.train],
         unlabelled=corpus.unlabelled,
         test=corpus.test,
-        vlm=directory / "image" / "model",
+        vlm=image,
         encoder=encoder,
         preset=TOY_PRESET,
         seed=seed,

@@ -21,7 +21,7 @@ from pyvdl.evaluate.texts import choose_options, say_answers, say_captions
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
-from pyvdl.text import CAPTION_PROMPT, PALIGEMMA_PROMPT, PALIGEMMA_QUESTION_PROMPT, QUESTION_PROMPT
+from pyvdl.text import prompts_for
 from pyvdl.tokenizers import Tokenizer
 
 _TASK_OF_RECORD: dict[Task, str] = {
@@ -107,8 +107,7 @@ def without_videos(records: Sequence[Record]) -> list[Record]:
 def say(system: System, records: Sequence[Record], task: Task, report: Report) -> tuple[list[Row], dict[str, Any]]:
     """What a VLM predicts, as lines of a file; and the options that it depends on."""
     assert isinstance(system.model, VLM)
-    prompts = (PALIGEMMA_PROMPT, PALIGEMMA_QUESTION_PROMPT) if system.public else (CAPTION_PROMPT, QUESTION_PROMPT)
-    prompt = prompts[task != "captions"]
+    prompt = prompts_for(system.public)[task != "captions"]
     options: dict[str, Any] = {"clip": system.clip, "prompt": prompt, "progress": report} | system.loading
     said: Sequence[Any]
     if task == "captions":
