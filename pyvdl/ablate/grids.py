@@ -312,7 +312,8 @@ ORDER = Grid(
     notes=(
         "Table 9's own figures are not at hand. The rows 'no adaptation' and 'V, then L' have those of Table 3. That "
         "the paper's recipe is V, then L is taken to mean that its Table 9 has it above the other two.",
-        "The soft prompt is of 100 tokens, as in its own paper (arXiv 2104.08691): Table 9's number is not at hand.",
+        "The soft prompt is of 100 tokens, as in its own paper (arXiv 2104.08691): Table 9's number is not at hand. It "
+        "trains for as long as the language stage and at its rate, which was not searched for it.",
     ),
 )
 

@@ -77,9 +77,9 @@ def _rows(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]) 
 
 def _curves(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]) -> Figure:
     """Ours over the share of the clips, on a log scale, each curve with its band of 95% intervals; the paper's ends."""
-    figure, axes = new_panels(2, widths=(1, 3.2), share=False)
-    paper, ours = axes
     column = next((i for i, column in enumerate(grid.columns) if column.score == score), None)
+    figure, axes = new_panels(1) if column is None else new_panels(2, widths=(1, 3.2), share=False)
+    ours = axes[-1]
     names = list(dict.fromkeys(row.curve for row in grid.rows if row.curve))
     for name, colour in zip(names, _CURVE_COLOURS):
         points = []
@@ -89,8 +89,8 @@ def _curves(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]
                 points.append((100 * row.recipe.share, found.value, found.low, found.high))
                 value = None if column is None else grid.paper(row)[column]
                 if value is not None:
-                    paper.plot(0, value, "D", color=colours[colour], markersize=6)
-                    paper.annotate(f"{value:.1f}", (0, value), (8, -3), textcoords="offset points", fontsize=8.5)
+                    axes[0].plot(0, value, "D", color=colours[colour], markersize=6)
+                    axes[0].annotate(f"{value:.1f}", (0, value), (8, -3), textcoords="offset points", fontsize=8.5)
         if points:
             x, values, low, high = np.array(points).T
             ours.fill_between(x, low, high, color=colours[colour], alpha=0.16, linewidth=0)
@@ -101,13 +101,13 @@ def _curves(grid: Grid, outcome: Outcome, score: str, colours: Mapping[str, str]
     ours.set_xlabel("share of the clips")
     ours.set_ylabel(f"{SCORES[score].title}, ours")
     ours.grid(linewidth=0.7)
-    paper.set_xticks([0], ["all"])
-    paper.set_xlim(-0.4, 0.9)
-    paper.margins(y=0.2)
-    paper.grid(axis="y", linewidth=0.7)
-    paper.set_ylabel("the paper" if column is None else grid.columns[column].title + ", the paper")
-    if column is None:
-        paper.set_yticks([])
+    if column is not None:
+        paper = axes[0]
+        paper.set_xticks([0], ["all"])
+        paper.set_xlim(-0.4, 0.9)
+        paper.margins(y=0.2)
+        paper.grid(axis="y", linewidth=0.7)
+        paper.set_ylabel(f"{grid.columns[column].title}, the paper")
     figure.legend(loc="outside upper right", ncols=len(names), handlelength=1.2, columnspacing=1.4)
     return figure
 
