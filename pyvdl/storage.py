@@ -89,7 +89,8 @@ class Folder:
         if self.local is None:
             self._fs.pipe_file(self._at(name), data)
         else:
-            _write(self.local / name, [data])
+            with _whole(self.local / name) as file:
+                file.write(data)
 
     def remove(self, name: str) -> None:
         if self.local is not None:
@@ -162,27 +163,25 @@ def _occupied(folder: Folder, who: str) -> RuntimeError:
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file that appears whole or not at all."""
-    _write(path, (line.encode() for line in lines))
+    with _whole(path) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Writes a NumPy archive that appears whole or not at all."""
     import numpy as np
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole(path) as file:
+        np.savez(file, **arrays)
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into that gets its name when its bytes are on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on several hosts processes have the same number
     try:
         with temporary.open("wb") as file:
-            file.writelines(chunks)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

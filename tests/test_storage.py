@@ -7,16 +7,17 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pyvdl import storage
-from pyvdl.storage import Folder, claim, hold, write_whole
+from pyvdl.storage import Folder, claim, hold, write_arrays, write_whole
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -104,6 +105,27 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "unlink", lambda *a, **k: None)
     with pytest.raises(OSError, match=r"No space left on device: '.*captions'"):
         Folder(tmp_path).write("captions", b"x")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: Folder(path.parent).write(path.name, b"x"),
+        lambda path: write_whole(path, ["x"]),
+        lambda path: write_arrays(path, {"x": np.zeros(2)}),
+    ],
+)
+def test_a_file_gets_its_name_once_its_bytes_are_on_the_disk(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(file: int) -> None:
+        assert os.fstat(file).st_size
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"Input/output error: '.*file'"):
+        write(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["[]", '{"job": "tra', ""])
