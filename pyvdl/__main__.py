@@ -506,7 +506,7 @@ def _add_sampling(p: Parser) -> None:
     p.add_argument("--max-length", type=_positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
     p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
     p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
-    p.add_argument("--format", choices=FORMATS, default="parquet", help="of --out (default: parquet)")
+    p.add_argument("--format", choices=FORMATS["captions"], default="parquet", help="of --out (default: parquet)")
 
 
 def _add_job(p: Parser, verb: str) -> None:

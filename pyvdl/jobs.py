@@ -22,6 +22,8 @@ from typing import Any
 
 from pyvdl.data import Record, parse_record, question_to_json
 from pyvdl.rows import (
+    FORMATS,
+    JOB_FILE,
     ROW_NAMES,
     CaptionRow,
     Counts,
@@ -39,7 +41,6 @@ from pyvdl.rows import (
 from pyvdl.sources import absolute, file_path
 from pyvdl.storage import Folder, read_object, refuse_another
 
-JOB_FILE = "job.json"
 _SCRATCH = ".planning-"
 _BUCKETS = 4096
 _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
@@ -224,6 +225,8 @@ def open_job(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected at least 1")
+    if format not in FORMATS[kind]:
+        raise ValueError(f"a job of {kind} in the format {format!r}: expected {' or '.join(FORMATS[kind])}")
     asked = dict(recipe) | {"kind": kind, "shard_size": shard_size, "format": format}
     names = set(folder.names())
     if JOB_FILE not in names:

@@ -19,12 +19,13 @@ from typing import Any, Literal, Self, TypedDict
 import numpy as np
 
 from pyvdl.sources import is_url
-from pyvdl.storage import Folder
+from pyvdl.storage import Folder, read_object
 
 Format = Literal["parquet", "jsonl"]
 RowKind = Literal["captions", "embeddings"]  # what the rows of a job hold
 Kind = Literal["bool", "int", "float", "string", "strings", "json"]  # of the values of a carried column
-FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
+FORMATS: Mapping[RowKind, tuple[Format, ...]] = {"captions": ("parquet", "jsonl"), "embeddings": ("parquet",)}
+JOB_FILE = "job.json"  # beside the shards: what was asked for
 _SHARD_NAME = re.compile(r"captions-(\d{5,})-of-(\d{5,})\.(parquet|jsonl)")
 _COLUMNS = b"pyvdl.columns"  # keys of a Parquet file's own metadata
 _COUNTS = b"pyvdl.counts"
@@ -243,9 +244,19 @@ def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:
     shards = {name: match for name in folder.names() if (match := _SHARD_NAME.fullmatch(name))}
     counts = {int(match[2]) for match in shards.values()}
     if len(counts) != 1 or len(shards) != counts.pop():
+        if _is_of_embeddings(folder):
+            raise ValueError(f"{folder.name} is a job of embeddings: expected one of captions")
         raise ValueError(f"{folder.name} holds {len(shards)} caption shards, no whole job: run the same command again")
     for name, _ in sorted(shards.items(), key=lambda item: int(item[1][1])):
         yield from read_shard(folder, name, CaptionRow)
+
+
+def _is_of_embeddings(folder: Folder) -> bool:
+    """Whether a job of embeddings is in the folder; others that have such a file say less in it."""
+    if not folder.exists(JOB_FILE):
+        return False
+    recipe = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}").get("recipe")
+    return isinstance(recipe, dict) and recipe.get("kind") == "embeddings"
 
 
 def captions_by_key(rows: Iterable[CaptionRow]) -> dict[str, tuple[str, ...]]:

@@ -14,8 +14,8 @@ import pytest
 
 from pyvdl import jobs
 from pyvdl.data import Question, Record
-from pyvdl.jobs import JOB_FILE, Job, Spill, carried, load_job, open_job
-from pyvdl.rows import CaptionRow, read_captions
+from pyvdl.jobs import Job, Spill, carried, load_job, open_job
+from pyvdl.rows import JOB_FILE, CaptionRow, read_captions
 from pyvdl.storage import Folder
 
 RECIPE = {"seed": 3, "model_sha256": "m"}
@@ -203,6 +203,15 @@ def test_what_is_no_job_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / JOB_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"has no 'recipe': it is not that of such a job"):
         load_job(Folder(tmp_path / "other"))
+
+
+def test_embeddings_are_parquet_and_no_captions(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a job of embeddings in the format 'jsonl': expected parquet"):
+        begin(tmp_path, clips(), kind="embeddings", format="jsonl")
+    assert not list(tmp_path.iterdir())
+    begin(tmp_path, clips(), kind="embeddings", format="parquet")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a job of embeddings: expected one of captions"):
+        list(read_captions(tmp_path))
 
 
 def test_a_list_that_was_damaged_is_refused(tmp_path: Path) -> None:

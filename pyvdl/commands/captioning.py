@@ -218,8 +218,7 @@ class _Texts:
 
 def _caption_sets(path: str) -> dict[str, _Texts]:
     """The texts of a captioning job's file or folder, or those of a manifest by kind; names for a table's columns."""
-    from pyvdl.jobs import JOB_FILE
-    from pyvdl.rows import read_captions
+    from pyvdl.rows import JOB_FILE, read_captions
     from pyvdl.storage import Folder
 
     made = Folder(path).exists(JOB_FILE) or path.endswith(".parquet")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvdl.data import Family, Question, Record, write_manifest
-from pyvdl.jobs import JOB_FILE
+from pyvdl.rows import JOB_FILE
 from pyvdl.storage import claim, write_whole
 
 from .endpoint import Answer, Connection, Endpoint, EndpointError
