@@ -118,14 +118,18 @@ def _content(source: Source) -> bytes | str:
 
 
 def _npz(job: Job, out: Path) -> Path:
-    rows = [row for shard in range(job.shards) for row in job.embeddings(shard)]
+    keys: list[str] = []
+    errors: list[str] = []
+    embeddings = np.empty((0, 0), np.float32)
+    for shard in range(job.shards):
+        names, found, failures = job.embeddings(shard)
+        if not shard:  # says how wide they are
+            embeddings = np.empty((job.records, found.shape[1]), np.float32)
+        embeddings[len(keys) : len(keys) + len(names)] = found
+        keys += names
+        errors += [error or "" for error in failures]
     path = out / "embeddings.npz"
-    arrays = {
-        "keys": np.array([row.key for row in rows]),
-        "embeddings": np.array([row.embedding for row in rows], np.float32),
-        "errors": np.array([row.error or "" for row in rows]),
-    }
-    write_arrays(path, arrays)
+    write_arrays(path, {"keys": np.array(keys), "embeddings": embeddings, "errors": np.array(errors)})
     return path
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyvdl.data import Record, parse_record, question_to_json
 from pyvdl.rows import (
     FORMATS,
@@ -27,13 +29,13 @@ from pyvdl.rows import (
     ROW_NAMES,
     CaptionRow,
     Counts,
-    EmbeddingRow,
     Format,
     Kind,
     Row,
     RowKind,
     count_shard,
     encode_shard,
+    read_embeddings,
     read_shard,
     shard_name,
     widened,
@@ -147,9 +149,9 @@ class Job:
         """The rows of a finished shard, in the order of its clips."""
         return list(read_shard(self.folder, self._name(shard), CaptionRow))
 
-    def embeddings(self, shard: int) -> list[EmbeddingRow]:
-        """The same of a job of embeddings."""
-        return list(read_shard(self.folder, self._name(shard), EmbeddingRow))
+    def embeddings(self, shard: int) -> tuple[list[str], np.ndarray, list[str | None]]:
+        """Of a finished shard of embeddings the keys, float32[N, E] with NaN where a clip failed, and the errors."""
+        return read_embeddings(self.folder, self._name(shard))
 
     def counts(self, shards: Iterable[int]) -> Counts:
         """Rows and failures of these finished shards."""

@@ -196,12 +196,7 @@ def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind
 
 def _decode_shard[R: Row](data: bytes, format: str, row: type[R], where: object) -> Iterator[R]:
     if format == "parquet":
-        pa = _pyarrow()
-        try:
-            # By this thread alone: Arrow's let go of `data` later, and a process that ends meanwhile is aborted.
-            table = pa.parquet.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{where} is no Parquet file: {error}") from None
+        table = _table(data, where)
         kinds = json.loads((table.schema.metadata or {}).get(_COLUMNS, b"{}"))
         for values in table.to_pylist():
             read = {n: json.loads(v) if v is not None and kinds.get(n) == "json" else v for n, v in values.items()}
@@ -215,6 +210,16 @@ def _decode_shard[R: Row](data: bytes, format: str, row: type[R], where: object)
             yield row.from_json(line.decode())
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
+
+
+def _table(data: bytes, where: object, columns: list[str] | None = None) -> Any:
+    """The Arrow table of a Parquet file, or these columns of it."""
+    pa = _pyarrow()
+    try:
+        # By this thread alone: Arrow's let go of `data` later, and a process that ends meanwhile is aborted.
+        return pa.parquet.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where} is no Parquet file: {error}") from None
 
 
 def count_shard(folder: Folder, name: str) -> Counts:
@@ -232,6 +237,14 @@ def count_shard(folder: Folder, name: str) -> Counts:
 def read_shard[R: Row](folder: Folder, name: str, row: type[R]) -> Iterator[R]:
     """The rows of one file of a job."""
     return _decode_shard(folder.read(name), name.rpartition(".")[2], row, f"{folder.name}/{name}")
+
+
+def read_embeddings(folder: Folder, name: str) -> tuple[list[str], np.ndarray, list[str | None]]:
+    """Keys, embeddings float32[N, E] (NaN where a clip failed) and errors of one file of a job, without a Python
+    object for each number."""
+    table = _table(folder.read(name), f"{folder.name}/{name}", ["key", "embedding", "error"])
+    found = table["embedding"].combine_chunks()
+    return table["key"].to_pylist(), found.flatten().to_numpy().reshape(len(found), -1), table["error"].to_pylist()
 
 
 def read_captions(path: str | os.PathLike[str]) -> Iterator[CaptionRow]:

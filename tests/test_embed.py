@@ -20,7 +20,7 @@ from pyvdl.job_page import write_job_page
 from pyvdl.jobs import load_job
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.pipeline import JobSummary, run_job
-from pyvdl.rows import read_captions
+from pyvdl.rows import EmbeddingRow, read_captions, read_shard
 from pyvdl.storage import Folder
 from pyvdl.text import WordTokenizer
 from tests.clips import write_clips
@@ -63,7 +63,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 def test_a_job_has_an_embedding_for_every_clip(model: DualEncoder, records: list[Record], whole: Path) -> None:
     wanted = embed_videos(model, records, clip=CLIP, batch_size=2)
     job = load_job(Folder(whole))
-    rows = {row.key: row for shard in range(job.shards) for row in job.embeddings(shard)}
+    rows = {row.key: row for name in shards(whole) for row in read_shard(job.folder, name, EmbeddingRow)}
     assert len(rows) == NUM_CLIPS
     for i, record in enumerate(records):
         row = rows[record.key]

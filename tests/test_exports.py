@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyvdl.archives import Sample, read_archive, write_archive
 from pyvdl.data import Record
 from pyvdl.exports import export
 from pyvdl.jobs import Job, open_job
-from pyvdl.rows import CaptionRow, Dropped
+from pyvdl.rows import CaptionRow, Dropped, EmbeddingRow
 from pyvdl.storage import Folder
 from tests.test_jobs import row
 
@@ -83,6 +85,37 @@ def test_a_folder_of_videos(job: Job, tmp_path: Path) -> None:
     found = json.loads(line)
     assert (found["key"], found["captions"], found["views"]) == ("a/1.0", ["likely", "likelier"], 7)
     assert (folder / found["file_name"]).read_bytes() == b"a.mp4" * 10
+
+
+def test_an_archive_of_embeddings_is_made_in_little_more_than_its_memory(tmp_path: Path) -> None:
+    records = [Record(key=f"{i:05d}", video=f"/v/{i}.mp4", end_seconds=1.0) for i in range(2000)]
+    job = open_job(Folder(tmp_path), {}, records, shard_size=300, format="parquet", kind="embeddings")
+    wanted = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32)
+    wanted[7] = np.nan
+    for shard in range(job.shards):
+        rows = [
+            EmbeddingRow(
+                key=record.key,
+                video=record.video,
+                start_seconds=0.0,
+                end_seconds=1.0,
+                status="failed" if record.key == "00007" else "ok",
+                error="open: gone" if record.key == "00007" else None,
+                embedding=wanted[int(record.key)],
+            )
+            for record in job.work(shard)
+        ]
+        job.finish(shard, rows)
+    tracemalloc.start()
+    path = export(tmp_path, "npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * wanted.nbytes
+    with np.load(path) as found:
+        order = found["keys"].astype(int)
+        assert sorted(order) == list(range(2000))
+        np.testing.assert_array_equal(found["embeddings"], wanted[order])
+        assert {key: error for key, error in zip(found["keys"], found["errors"]) if error} == {"00007": "open: gone"}
 
 
 def test_what_cannot_be_exported_is_told(job: Job, tmp_path: Path) -> None:
