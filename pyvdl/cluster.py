@@ -203,12 +203,8 @@ def run_on_cluster(
         failed = pool.run(job, todo, progress)
         counts = job.counts(shard for shard in range(job.shards) if shard not in failed)
     if failed:
-        reasons = [f"{shard} ({error})" for shard, error in sorted(failed.items())]
-        more = f" and {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
-        raise RuntimeError(
-            f"{len(failed)} of {job.shards} shards failed, the same command tries them again: "
-            f"{'; '.join(reasons[:_TOLD])}{more}"
-        )
+        again = _reasons(", the same command tries them again: ", failed)
+        raise RuntimeError(f"{len(failed)} of {job.shards} shards failed{again}")
     return summary(job, counts, len(todo))
 
 
@@ -232,6 +228,7 @@ class _Pool:
         self._ready: set[int] = set()
         self._recipe: dict[str, Any] | None = None
         self._lost = 0
+        self._why = ""  # the last worker was given up
         self._barren: dict[int, int] = {}  # of each worker how many were lost in its place since one finished a shard
 
     def __enter__(self) -> Self:
@@ -246,6 +243,7 @@ class _Pool:
     def recipe(self) -> dict[str, Any]:
         """All that rows depend on, and their kind, as the first worker that is ready tells; each compares its own."""
         while self._recipe is None:
+            self._check({})
             list(self._answers(None))
         return self._recipe
 
@@ -258,6 +256,7 @@ class _Pool:
         losses: Counter[int] = Counter()
         tally = Tally()
         while left:
+            self._check(failed)
             self._give_out(waiting, tried)
             for worker, shard, answer in self._answers(_NOTE_SECONDS):
                 if isinstance(answer, Share):
@@ -320,14 +319,13 @@ class _Pool:
         done, _ = self._ray.wait(list(self._asked), timeout=timeout_seconds)
         for reference in done:
             worker, shard = self._asked.pop(reference)
+            lost: Exception | None = None
             try:
                 answer = self._ray.get(reference)
             except RayTaskError as error:
                 answer = error.cause
             except RayError as error:  # of the worker's process, its host or the network
-                answer = None
-                if worker in self._actors:
-                    self._replace(worker, "loaded the model" if shard is None else "worked", error)
+                answer, lost = None, error
             if shard is not None:
                 yield worker, shard, answer
             elif isinstance(answer, dict):
@@ -335,6 +333,13 @@ class _Pool:
                 self._ready.add(worker)
             elif answer is not None:
                 self._give_up(worker, _one_line(answer))
+            if lost is not None and worker in self._actors:  # now that the loss counts as the shard's
+                self._replace(worker, "loaded the model" if shard is None else "worked", lost)
+
+    def _check(self, failed: Mapping[int, str]) -> None:
+        """RuntimeError when no worker is left, once all that the last one held counts as lost."""
+        if not self._actors and not self._asked:
+            raise RuntimeError(f"no worker is left, the last one: {self._why}{_reasons('; shards failed: ', failed)}")
 
     def _replace(self, worker: int, at: str, error: Exception) -> None:
         """Has another worker made for one that is lost, unless too many were lost there without a shard finished."""
@@ -346,13 +351,19 @@ class _Pool:
             self._give_up(worker, f"{_LOSSES} in a row were lost, this one while it {at}: {_one_line(error)}")
 
     def _give_up(self, worker: int, why: str) -> None:
+        self._why = why
         self._end(worker)
-        if not self._actors:
-            raise RuntimeError(f"no worker is left, the last one: {why}")
 
     def _end(self, worker: int) -> None:
         self._ready.discard(worker)
         self._ray.kill(self._actors.pop(worker))
+
+
+def _reasons(before: str, failed: Mapping[int, str]) -> str:
+    """The first of the shards that failed and why, after `before`; nothing where none did."""
+    reasons = [f"{shard} ({why})" for shard, why in sorted(failed.items())]
+    more = f" and {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
+    return f"{before}{'; '.join(reasons[:_TOLD])}{more}" if reasons else ""
 
 
 def _one_line(error: Exception) -> str:

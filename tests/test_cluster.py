@@ -23,7 +23,7 @@ from pyvdl.jobs import Job, open_job
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.storage import Folder
 from tests.clips import write_clip
-from tests.cluster_workers import DRAWING, POISON, WORDS, absent, dying, frail
+from tests.cluster_workers import DRAWING, POISON, WORDS, absent, deadly, dying, frail
 from tests.models import tiny_vlm
 
 FILES, EACH, SHARD = 12, 3, 4
@@ -168,3 +168,21 @@ def test_a_worker_that_dies_whenever_it_loads_the_model_is_given_up(
     ):
         run_on_cluster(partial(dying, tmp_path), records, tmp_path / "out", workers=1)
     assert len((tmp_path / "starts").read_text().split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (2, "^2 of 2 shards failed, the same command tries them again: 0 {lost}; 1 {lost}$"),
+        (
+            3,
+            r"^no worker is left, .*: 2 in a row .* while it worked: .*; shards failed: \d {lost}; \d {lost}$",
+        ),
+    ],
+)
+def test_shards_that_kill_the_only_worker_are_named(
+    ray: Any, records: list[Record], count: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOSSES", 2)
+    with pytest.raises(RuntimeError, match=says.format(lost=r"\(2 workers were lost over it\)")):
+        run_on_cluster(deadly, records[: count * EACH], tmp_path, workers=1, shard_size=EACH)
