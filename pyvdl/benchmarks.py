@@ -34,7 +34,8 @@ class Benchmark:
     title: str
     reader: str  # of pyvdl.datasets
     split: str
-    files: tuple[str, ...]  # patterns of the annotations it needs, below ROOT/annotations/READER
+    files: tuple[str, ...]  # patterns of the annotations it needs, each of one file, below ROOT/annotations/READER
+    several: tuple[str, ...] = ()  # of which it needs one or more
     more: tuple[str, ...] = ()  # that are read where they are there
     videos: str  # folder of the videos, below ROOT/videos
     task: Task
@@ -150,8 +151,8 @@ BENCHMARKS: Final = (
         title="VATEX retrieval",
         reader="vatex",
         split="test",
-        files=("vatex_*_v1.*.json",),
-        more=("*test*.txt",),
+        files=("*test*.txt",),  # the ids of the test, which take its clips out of whichever file they are in
+        several=("vatex_*_v1.*.json",),
         videos="vatex",
         task="retrieval",
         protocol="all captions as queries (headline), and the first of each clip; both directions",

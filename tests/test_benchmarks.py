@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyvdl import metrics
@@ -38,6 +39,8 @@ ANNOTATIONS: dict[str, Any] = {
     "nextqa-mc/test.csv": f"{NEXT_MC}22,9,640,360,why,0,3,CW,a b,c,d e f,g,h\n",
     "msrvtt-1ka/MSRVTT_JSFUSION_test.csv": ONE_KA,
     "vatex/vatex_public_test_english_v1.1.json": VATEX,
+    "vatex/vatex_validation_v1.0.json": [{**VATEX[0], "videoID": "bbbbbbbbbbb_000000_000010"}],
+    "vatex/test_list.txt": "".join(f"{clip['videoID']}\n" for clip in VATEX),
     "kinetics600/val.csv": CLASSES,
     "kinetics700/val.csv": CLASSES,
     "ucf101/classInd.txt": UCF["classInd.txt"],
@@ -148,6 +151,23 @@ def test_what_is_wrong_in_one_benchmark_does_not_stop_the_others(run: Run, root:
     assert (code, err) == (1, "pyvdl evaluate: no benchmark could be run: what each wants is above\n")
 
 
+def test_a_list_is_needed_where_it_makes_the_test_and_one_file_where_one_is_meant(run: Run, tmp_path: Path) -> None:
+    for name in ("vatex/vatex_public_test_english_v1.1.json", "kinetics600/val.csv", "kinetics600/validate.csv"):
+        (path := tmp_path / "annotations" / name).parent.mkdir(parents=True, exist_ok=True)
+        content = VATEX if path.suffix == ".json" else CLASSES
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    np.savez(tmp_path / "p.npz", similarity=np.eye(3))
+    asked = ["--predictions", tmp_path / "p.npz"]
+    vatex, kinetics = tmp_path / "annotations" / "vatex", tmp_path / "annotations" / "kinetics600"
+    code, _, err = run("vatex", *asked, "--root", tmp_path)
+    assert (code, err) == (1, f"pyvdl evaluate: no annotations: {vatex / '*test*.txt'} is not there\n")
+    code, _, err = run("vatex", *asked, "--annotations", vatex / "vatex_public_test_english_v1.1.json")
+    assert (code, err.rpartition(": ")[2]) == (1, "vatex needs *test*.txt as well\n")
+    code, _, err = run("kinetics600", *asked, "--root", tmp_path)
+    assert code == 1
+    assert err.startswith(f"pyvdl evaluate: {kinetics / 'val.csv'}, {kinetics / 'validate.csv'}: expected one of them")
+
+
 def test_every_benchmark_has_a_reader_and_every_column_of_a_table_a_benchmark() -> None:
     assert {benchmark.reader for benchmark in BENCHMARKS} <= set(READERS)
     for table in TABLES:
@@ -169,6 +189,13 @@ def test_a_model_of_the_other_kind_is_told(run: Run, root: Path, models: tuple[P
     code, _, err = run("--model", models[0], "--data", "x.jsonl", "--templates", "clip")
     assert code == 2
     assert "--clips and --templates go with a dual encoder" in err
+
+
+def test_names_of_the_videos_go_with_a_root(run: Run, root: Path, models: tuple[Path, Path]) -> None:
+    named = ["--root", root, "--names", "{label}/{youtube_id}.mp4"]
+    code, _, err = run("kinetics700", "--model", models[1], *named)
+    first = root / "videos" / "kinetics700" / "petting cat" / "---QUuC4vJs.mp4"
+    assert (code, err) == (1, f"pyvdl evaluate: none of its 2 videos is there, the first is {first}\n")
 
 
 def test_a_manifest_asks_each_model_what_it_has(
@@ -214,7 +241,23 @@ def test_missing_videos_are_misses_or_left_out(run: Run, root: Path, models: tup
         (["vatex", "--model", "m", "--annotations", "a.json"], "--annotations goes with --videos"),
         (["vatex", "--model", "m", "--data", "d", "--root", "r"], "do not go together"),
         (["vatex", "--model", "m", "--data", "d", "--names", "{x}"], "--names goes with --annotations"),
-        (["--predictions", "p", "--clips", "2"], "--skip-missing, --clips and --templates go with --model"),
+        (["vatex", "--model", "m", "--data", "d", "--split", "val"], "--split goes with a benchmark's --annotations"),
+        (
+            ["all", "--model", "m", "--root", "r", "--names", "{x}"],
+            "--names goes with --annotations, or with --root and",
+        ),
+        *(
+            (["--predictions", "p", *option.split()], f"{option.split()[0]} goes with --model: predictions are made")
+            for option in (
+                "--clips 2",
+                "--templates one",
+                "--skip-missing",
+                "--int8",
+                "--sampling fps",
+                "--batch-size 4",
+                "--num-threads 1",
+            )
+        ),
         (["imagenet", "--model", "m", "--data", "d"], "'imagenet'"),
     ],
 )

@@ -66,7 +66,7 @@ def test_every_benchmark_is_in_the_table_with_its_files_and_figures() -> None:
     ]
     assert [row[1].strip("`") for row in rows] == list(BY_NAME)
     for (_, name, files, videos, _, paper), benchmark in zip(rows, BENCHMARKS, strict=True):
-        wanted = [f"{benchmark.reader}/{benchmark.files[0]}", *benchmark.files[1:], *benchmark.more]
+        wanted = [f"{benchmark.reader}/{benchmark.files[0]}", *benchmark.files[1:], *benchmark.several, *benchmark.more]
         assert re.findall("`([^`]+)`", files) == wanted, name
         assert videos == f"`{benchmark.videos}`"
         assert [float(figure) for figure in paper.split(", ") if figure] == list(benchmark.paper.values())

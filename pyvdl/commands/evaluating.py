@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from pyvdl.evaluate.report import Result
     from pyvdl.evaluate.running import System
 
+_FOR_MODELS = {  # options that predictions have no use for, and what they are unless given
+    "skip_missing": False,
+    "clips": 1,
+    "templates": "none",
+    "int8": False,
+    "sampling": "uniform",
+    "batch_size": 8,
+    "num_threads": 2,
+}
 _TEXTS: tuple[Task, ...] = ("captions", "questions", "choices")
 
 
@@ -81,11 +90,17 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError("--model goes with --data, or with a benchmark's --annotations and --videos or --root")
         if given["annotations"] and arguments.videos is None:
             raise UsageError("--annotations goes with --videos, the folder of the videos")
-    elif arguments.skip_missing or _of_encoders(arguments):
-        raise UsageError("--skip-missing, --clips and --templates go with --model: predictions are made already")
-    for name in ("videos", "names"):
-        if getattr(arguments, name) is not None and not given["annotations"]:
-            raise UsageError(f"--{name} goes with --annotations")
+    else:
+        for name, default in _FOR_MODELS.items():
+            if getattr(arguments, name) != default:
+                raise UsageError(f"--{name.replace('_', '-')} goes with --model: predictions are made already")
+    published = given["annotations"] or given["root"]
+    if arguments.videos is not None and not given["annotations"]:
+        raise UsageError("--videos goes with --annotations")
+    if arguments.names is not None and (not published or arguments.benchmark == "all"):
+        raise UsageError("--names goes with --annotations, or with --root and one benchmark")
+    if arguments.split is not None and not published:
+        raise UsageError("--split goes with a benchmark's --annotations or --root")
 
 
 def _load(arguments: argparse.Namespace) -> list[System]:

@@ -54,13 +54,18 @@ class System:
 
 
 def locate(benchmark: Benchmark, root: Path) -> tuple[list[Path], str]:
-    """The annotation files of a benchmark below ROOT/annotations/READER, and the folder ROOT/videos/NAME."""
+    """The annotation files of a benchmark below ROOT/annotations/READER, and the folder ROOT/videos/NAME.
+
+    Raises Missing where one that it needs is not there, ValueError where there are several in place of one.
+    """
     folder = root / "annotations" / benchmark.reader
     files: list[Path] = []
-    for pattern in benchmark.files:
+    for pattern in (*benchmark.files, *benchmark.several):
         found = sorted(folder.glob(pattern))
         if not found:
             raise Missing(f"no annotations: {folder / pattern} is not there")
+        if len(found) > 1 and pattern in benchmark.files:
+            raise ValueError(f"{', '.join(map(str, found))}: expected one of them, {benchmark.name} is read from one")
         files += found
     for pattern in benchmark.more:
         files += sorted(folder.glob(pattern))
@@ -72,6 +77,10 @@ def read_benchmark(
 ) -> tuple[list[Record], list[str]]:
     """The records of its split, or of those whose files do not tell theirs; and what was left out of them, and why."""
     wanted = split or benchmark.split
+    for pattern in (*benchmark.files, *benchmark.several):
+        suffix = Path(pattern).suffix  # files given by name may be called otherwise
+        if suffix and not any(path.suffix.lower() == suffix for path in files):
+            raise ValueError(f"{', '.join(map(str, files))}: {benchmark.name} needs {pattern} as well")
     skipped: list[str] = []
     found = list(read(benchmark.reader, files, videos, names=names, on_skip=skipped.append))
     kept = [record for record in found if record.split in (None, wanted)]
