@@ -206,6 +206,6 @@ def test_memory_is_told_by_a_process_of_its_own(groups: dict[str, Path]) -> None
 
 def test_retrieval_has_ties_and_its_memory_is_told() -> None:
     row = retrieval.score(texts=300, videos=50, width=16)
-    assert row["counts"] == {"videos": 50, "texts": 300, "failed": 0, "tied_queries": row["counts"]["tied_queries"]}
-    assert row["counts"]["tied_queries"] >= 60  # texts of ten videos that are there twice, and these
+    assert [row["counts"].pop(name) for name in ("videos", "texts", "failed")] == [50, 300, 0]
+    assert sum(row["counts"].values()) >= 60  # texts of ten videos that are there twice, and these
     assert row["peak_bytes"] > 2**26

@@ -110,6 +110,8 @@ def test_all_runs_what_is_there_and_its_predictions_score_the_same(
     assert by_name["nextqa-mc"]["counts"]["failed"] == 1
     assert by_name["ucf101"]["options"]["templates"] == list(BY_NAME["ucf101"].templates)
     assert by_name["vatex"]["counts"]["texts"] == 3
+    lengths = {name: result["options"].get("max_length") for name, result in by_name.items()}
+    assert [lengths[name] for name in ("msrvtt-captions", "msrvtt-qa", "nextqa-mc", "vatex")] == [32, 16, None, None]
     assert "first caption: text to video R@1" in by_name["vatex"]["scores"]
     for table in TABLES:
         assert table.title in told

@@ -81,13 +81,24 @@ def test_arrays_need_no_annotations(run: Run, tmp_path: Path) -> None:
     )
     assert run("--predictions", tmp_path / "p.npz", "--out", out)[0] == 0
     retrieval, classes = json.loads(out.read_text())["results"]
-    assert retrieval["counts"] == {"videos": 3, "texts": 4, "failed": 1, "tied_queries": 0}
+    assert [retrieval["counts"].pop(name) for name in ("videos", "texts", "failed")] == [3, 4, 1]
+    assert set(retrieval["counts"].values()) == {0}
     value = {name: score["value"] for name, score in retrieval["scores"].items()}
     assert value["text to video R@1"] == 75
     assert value["text to video mean rank"] == pytest.approx(6 / 4)
     assert value["video to text, captions pooled R@1"] == pytest.approx(200 / 3)
     assert value["first caption: text to video R@10"] == pytest.approx(200 / 3)
     assert classes["scores"]["zero-shot top-1"]["value"] == pytest.approx(100 / 3)
+    np.savez(tmp_path / "p.npz", similarity=[[0.0, 0, 0, 0]] * 3 + [[0, 0, 0, 1]])
+    assert run("--predictions", tmp_path / "p.npz", "--out", out)[0] == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["counts"] == {
+        "videos": 4,
+        "texts": 4,
+        "failed": 0,
+        "tied_queries of text to video": 3,
+        "tied_queries of video to text": 3,
+    }
     np.savez(tmp_path / "p.npz", similarity=np.zeros((4, 4)))
     assert run("--predictions", tmp_path / "p.npz", "--out", out)[0] == 0
     value = scores_of(out)
@@ -172,6 +183,25 @@ def test_predictions_must_be_those_of_the_benchmark(
 
 UNIT = np.eye(2, dtype=np.float32)
 PAIRED: dict[str, Any] = {"keys": ["video0", "video6513"], "embeddings": UNIT, "text_embeddings": UNIT}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("similarity", (2, 2)),
+        ("class_similarity", (2, 2)),
+        ("class_embeddings", (2, 2)),
+        ("class_embeddings", (2, 1, 2)),
+    ],
+)
+def test_numbers_that_are_none_are_told(run: Run, name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    value = np.ones(shape)
+    value[1] = np.nan
+    arrays: dict[str, Any] = {"embeddings": UNIT, "labels": ["0", "1"], name: value}
+    np.savez(tmp_path / "p.npz", **arrays)
+    code, _, err = run("--predictions", tmp_path / "p.npz")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"pyvdl evaluate: {tmp_path / 'p.npz'}: {name}[1] has NaN: expected numbers")
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,16 @@ class _Reading:
         shape = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
         return ValueError(f"{self.source}: {name} {shape}: expected {expected}")
 
-    def matrix(self, name: str, expected: str, rows: int | None = None, columns: int | None = None) -> np.ndarray:
+    def matrix(self, name: str, expected: str, columns: int | None = None, may_fail: bool = False) -> np.ndarray:
+        """Floats of two dimensions; NaN is refused unless rows may fail."""
         found = self.arrays.get(name)
         good = found is not None and found.ndim == 2 and found.dtype.kind == "f" and 0 not in found.shape
-        if (
-            found is None
-            or not good
-            or (rows or len(found)) != len(found)
-            or (columns or found.shape[1]) != found.shape[1]
-        ):
+        if found is None or not good or (columns or found.shape[1]) != found.shape[1]:
             raise self.fault(name, expected)
+        if not may_fail and (bad := np.flatnonzero(np.isnan(found.min(axis=1)))).size:
+            raise ValueError(
+                f"{self.source}: {name}[{bad[0]}] has NaN: expected numbers: only embeddings of videos may fail"
+            )
         return found
 
     def names(self, name: str, length: int, default: Callable[[], list[str]]) -> list[str]:
@@ -100,9 +100,9 @@ class _Reading:
             raise self.fault(name, f"{length} strings")
         return [str(value) for value in found.tolist()]
 
-    def embeddings(self, name: str, expected: str, columns: int | None = None) -> np.ndarray:
-        """float32 of length 1, or NaN."""
-        found = np.asarray(self.matrix(name, expected, columns=columns), np.float32)
+    def embeddings(self, name: str, expected: str, columns: int | None = None, may_fail: bool = False) -> np.ndarray:
+        """float32 of length 1, or NaN where one failed."""
+        found = np.asarray(self.matrix(name, expected, columns, may_fail), np.float32)
         lengths = np.sqrt(np.einsum("ne,ne->n", found, found))
         bad = np.flatnonzero((lengths == 0) | np.isinf(lengths))
         if len(bad):
@@ -138,12 +138,10 @@ class _Reading:
             similarity = self.matrix("similarity", "floats of [texts, videos]")
             num_texts, num_videos = similarity.shape
         else:
-            videos = self.embeddings("embeddings", "floats of [videos, E], or similarity of [texts, videos]")
+            videos = self.embeddings(
+                "embeddings", "floats of [videos, E], or similarity of [texts, videos]", may_fail=True
+            )
             texts = self.embeddings("text_embeddings", f"floats of [texts, {videos.shape[1]}]", videos.shape[1])
-            if (bad := np.flatnonzero(broken(texts))).size:
-                raise ValueError(
-                    f"{self.source}: text_embeddings[{bad[0]}] has NaN: expected numbers, texts cannot fail"
-                )
             num_texts, num_videos = len(texts), len(videos)
         keys = self.keys(num_videos)
         if "text_keys" not in self.arrays and num_texts != num_videos:
@@ -174,7 +172,9 @@ class _Reading:
             similarity = self.matrix("class_similarity", "floats of [videos, classes]")
             failed = np.zeros(len(similarity), bool)
         else:
-            videos = self.embeddings("embeddings", "floats of [videos, E], or class_similarity of [videos, classes]")
+            videos = self.embeddings(
+                "embeddings", "floats of [videos, E], or class_similarity of [videos, classes]", may_fail=True
+            )
             failed = broken(videos)
             similarity = np.where(failed[:, None], 0, videos) @ self._class_embeddings(videos.shape[1]).T
         names = self.names("classes", similarity.shape[1], lambda: [str(i) for i in range(similarity.shape[1])])
@@ -210,16 +210,15 @@ def _retrieval(pairs: Pairs, seed: int) -> Result:
     more: dict[str, Score] = {}
     counts = np.bincount(pairs.owners)
     several = bool((counts > 1).any())
-    tied = 0
+    tied: dict[str, int] = {}
 
     def tell_all(protocol: str, pairs: Pairs, pooled: bool) -> None:
-        nonlocal tied
         for direction, title in _TITLES.items():
             for pool in (False, True) if pooled and direction == "v2t" else (False,):
                 ahead = pairs.ahead(direction, pool)
                 ties = int((ahead.equal > ahead.right).sum())
-                tied += ties
                 prefix = f"{protocol}{title}{', captions pooled' if pool else ''}"
+                tied[f"tied_queries of {prefix}"] = ties
                 found = _named(prefix, pairs, direction, ahead, "strict", seed)
                 scores.update(found)
                 for rule in ("loose", "expected"):
@@ -238,8 +237,8 @@ def _retrieval(pairs: Pairs, seed: int) -> Result:
             "videos": len(pairs.failed),
             "texts": len(pairs.owners),
             "failed": int(pairs.failed.sum()),
-            "tied_queries": tied,
-        },
+        }
+        | tied,
     )
 
 

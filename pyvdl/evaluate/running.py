@@ -17,7 +17,7 @@ from pyvdl.datasets import Survey, read
 from pyvdl.evaluate.array_predictions import Arrays
 from pyvdl.evaluate.embeddings import class_embeddings, embed_texts, embed_videos
 from pyvdl.evaluate.text_predictions import Row, items
-from pyvdl.evaluate.texts import choose_options, say_answers, say_captions
+from pyvdl.evaluate.texts import ANSWER_LENGTH, CAPTION_LENGTH, choose_options, say_answers, say_captions
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
@@ -117,7 +117,9 @@ def say(system: System, records: Sequence[Record], task: Task, report: Report) -
     """What a VLM predicts, as lines of a file; and the options that it depends on."""
     assert isinstance(system.model, VLM)
     prompt = prompts_for(system.public)[task != "captions"]
-    options: dict[str, Any] = {"clip": system.clip, "prompt": prompt, "progress": report} | system.loading
+    lengths: dict[Task, int] = {"captions": CAPTION_LENGTH, "questions": ANSWER_LENGTH}
+    asked: dict[str, Any] = {"prompt": prompt} | ({"max_length": lengths[task]} if task in lengths else {})
+    options: dict[str, Any] = {"clip": system.clip, "progress": report} | asked | system.loading
     said: Sequence[Any]
     if task == "captions":
         said, failures = say_captions(system.model, system.tokenizer, records, **options)
@@ -130,7 +132,7 @@ def say(system: System, records: Sequence[Record], task: Task, report: Report) -
     for (key, question), prediction in zip(items(records, task), said, strict=True):
         value = {"key": key} | ({} if question is None else {"question": question}) | {"prediction": prediction}
         rows.append(Row(value | ({"error": failures[key]} if key in failures else {}), "the model"))
-    return rows, {"prompt": prompt, "clip": dataclasses.asdict(system.clip)}
+    return rows, asked | {"clip": dataclasses.asdict(system.clip)}
 
 
 def embed(

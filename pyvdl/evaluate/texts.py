@@ -26,6 +26,9 @@ from pyvdl.progress import Report
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
 
+CAPTION_LENGTH = 32  # tokens at most
+ANSWER_LENGTH = 16
+
 Failures = dict[str, str]  # of clips by their keys: why
 
 
@@ -36,7 +39,7 @@ def say_captions(
     *,
     clip: ClipConfig,
     prompt: str = CAPTION_PROMPT,
-    max_length: int = 32,
+    max_length: int = CAPTION_LENGTH,
     batch_size: int = 8,
     num_threads: int = 2,
     prefetch: int = 2,
@@ -85,7 +88,7 @@ def say_answers(
     *,
     clip: ClipConfig,
     prompt: str = QUESTION_PROMPT,
-    max_length: int = 16,
+    max_length: int = ANSWER_LENGTH,
     **loading: Any,
 ) -> tuple[list[str], Failures]:
     """A greedy answer to every question, "" for those of a failed clip; `loading` as in `_ask`."""
