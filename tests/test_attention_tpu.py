@@ -123,7 +123,7 @@ def test_large_scores_take_the_maximum(head_dim: int) -> None:
     # The order of a sum of products of thousands, which is the processor's, moves scores by 1e-4.
     np.testing.assert_allclose(out, wanted, atol=5e-4)
     wanted = space_time_attention(q - 30, k - 30, v, frames=1, implementation="reference", scale=-1.0)
-    np.testing.assert_allclose(small, wanted, atol=1e-2)  # float32 rounds scores of 57,600 to 0.004
+    np.testing.assert_allclose(small, wanted, atol=5e-2)  # float32 rounds scores of 79,200 to 0.008
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
