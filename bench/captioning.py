@@ -43,7 +43,7 @@ from bench.common import (
     progress,
     ratio,
 )
-from pyvdl.caption import Captioner, Decoded, clip_request
+from pyvdl.caption import Captioner, Decoded, clip_request, clip_seed
 from pyvdl.config import ClipConfig, GemmaConfig, ViTConfig, VLMConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess, Frames
@@ -205,7 +205,7 @@ def _device(name: str, captioner: Captioner, rounds: int, batches: int) -> dict[
             format="parquet",
         )
         parts = {
-            "generate": lambda: generate_alone(captioner, frames, batches),
+            "generate": lambda: generate_alone(captioner, frames, job),
             "pipeline": lambda: run(captioner, _FreeDecoder(frames), job, tally),
         }
         timings = compare(parts, rounds)
@@ -222,11 +222,16 @@ def model_of(frames: int, make: Callable[[WordTokenizer, int], VLM] = small, wor
     return Captioner(model, tokenizer, clip=clip, num_samples=SAMPLES, max_length=TOKENS, batch_size=BATCH)
 
 
-def generate_alone(captioner: Captioner, frames: np.ndarray, batches: int) -> None:
-    """As fast as `generate` goes: the next call is made before the last one's tokens are read."""
+def generate_alone(captioner: Captioner, frames: np.ndarray, job: Job) -> None:
+    """As fast as `generate` goes: the next call is made before the last one's tokens are read.
+
+    Seeds and batches are those of the job: captions that end early would make other work of others.
+    """
     previous = None
-    for number in range(batches):
-        seeds = np.arange(BATCH, dtype=np.uint32) + number * BATCH
+    works = [job.work(shard) for shard in range(job.shards)]
+    for records in (work[i : i + BATCH] for work in works for i in range(0, len(work), BATCH)):
+        seeds = np.zeros(BATCH, np.uint32)
+        seeds[: len(records)] = [clip_seed(record, captioner.seed) for record in records]
         samples = generate(captioner.model, frames, captioner.prompts, seeds=seeds, **captioner.drawing)
         if previous is not None:
             np.asarray(previous.tokens)
@@ -277,14 +282,14 @@ def both_here(rounds: int, batches: int = 32) -> list[dict[str, Any]]:
 
         def beside() -> None:
             decoded = other.submit(decode)
-            generate_alone(captioner, frames, batches)
+            generate_alone(captioner, frames, job)
             decoded.result()
 
         with elsewhere():
             next(decoder.decode([requests[:BATCH]])).release()  # its process begins
         parts = {
             "decoding": decode,
-            "generate": lambda: generate_alone(captioner, frames, batches),
+            "generate": lambda: generate_alone(captioner, frames, job),
             "both_unconnected": beside,
             "pipeline": lambda: run(captioner, decoder, job),
         }
