@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 the job failed, 2 the command was wrong; a failure is one 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import textwrap
@@ -15,13 +14,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pyvdl import __version__, commands
-from pyvdl.ablate import GRIDS
 from pyvdl.benchmarks import BY_NAME
 from pyvdl.commands import UsageError
+from pyvdl.commands.options import (
+    VIDEOS_HELP,
+    add_ablation,
+    add_cuts,
+    add_filters,
+    add_job,
+    add_language_model,
+    add_loading,
+    add_sampling,
+    add_training,
+    add_videos,
+    corpus_size,
+    positive,
+    sample_size,
+    share,
+    unsigned,
+)
 from pyvdl.config import PRESETS
-from pyvdl.rows import FORMATS
 
-VIDEOS_HELP = "video, folder, manifest (.jsonl, .csv, .parquet), or WebDataset tars ('clips/{00000..00099}.tar')"
 DATASETS = (  # names that pyvdl.datasets reads, which help must not import
     "smit, vidln, videocc, internvid, webvid, msrvtt, msrvtt-1ka, msrvtt-qa, vatex, kinetics600, kinetics700,\n"
     "activitynet-captions, activitynet-qa, nextqa-oe, nextqa-mc, ucf101"
@@ -121,7 +134,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (default: demo)"
     )
-    p.add_argument("--seed", type=_unsigned, default=0, help="of corpus and training (default: 0)")
+    p.add_argument("--seed", type=unsigned, default=0, help="of corpus and training (default: 0)")
 
     p = verb(
         "probe",
@@ -162,7 +175,7 @@ def _parser() -> Parser:
     )
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="PATH", help=VIDEOS_HELP)
-    what.add_argument("--synthetic", type=_corpus_size, metavar="N", help="render N clips in all parts")
+    what.add_argument("--synthetic", type=corpus_size, metavar="N", help="render N clips in all parts")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--to", choices=("tars", "arrays"), help="short videos in tars, or clips as arrays")
     p.add_argument(
@@ -173,9 +186,9 @@ def _parser() -> Parser:
         help="of tars: short_side=256, gop=8, crf=20; of arrays: what a clip has, num_frames=8 and size=224 as the "
         "model's, short_side=256, sampling=uniform, crop=center and so on; again for more",
     )
-    p.add_argument("--shard-size", type=_positive, metavar="N", help="clips a file (default: 1000 a tar, 64 of arrays)")
-    p.add_argument("--num-threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
-    p.add_argument("--seed", type=_unsigned, default=0, help="of what is random in scenes or clips (default: 0)")
+    p.add_argument("--shard-size", type=positive, metavar="N", help="clips a file (default: 1000 a tar, 64 of arrays)")
+    p.add_argument("--num-threads", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    p.add_argument("--seed", type=unsigned, default=0, help="of what is random in scenes or clips (default: 0)")
 
     p = verb(
         "instruct",
@@ -194,7 +207,7 @@ def _parser() -> Parser:
         help="records with captions or narratives: manifest or WebDataset tars",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
-    _add_language_model(p)
+    add_language_model(p)
 
     p = verb(
         "adapt",
@@ -209,8 +222,8 @@ def _parser() -> Parser:
     p.add_argument(
         "--pseudo-captions", type=Path, metavar="PATH", help="their captions, as `pyvdl caption --out` wrote"
     )
-    p.add_argument("--pseudo-share", type=_share, default=0.5, metavar="X", help="of all rows (default: 0.5)")
-    _add_training(p)
+    p.add_argument("--pseudo-share", type=share, default=0.5, metavar="X", help="of all rows (default: 0.5)")
+    add_training(p)
 
     p = verb(
         "train",
@@ -225,7 +238,7 @@ def _parser() -> Parser:
         metavar="SOURCE",
         help="'human' or 'alt_text' of the manifest, or what `pyvdl caption --out` wrote (file or folder)",
     )
-    _add_training(p)
+    add_training(p)
 
     p = verb(
         "caption",
@@ -234,7 +247,7 @@ def _parser() -> Parser:
         "and goes on where it stopped.",
         "pyvdl caption video.mp4 --num-samples 3",
     )
-    _add_videos(p)
+    add_videos(p)
     p.add_argument(
         "--model",
         type=Path,
@@ -251,10 +264,10 @@ def _parser() -> Parser:
         default=[],
         help="with --out, once all is captioned: write it in these formats, too, into the same folder",
     )
-    _add_cuts(p)
-    _add_sampling(p)
-    _add_job(p, "caption")
-    _add_filters(p)
+    add_cuts(p)
+    add_sampling(p)
+    add_job(p, "caption")
+    add_filters(p)
 
     p = verb(
         "status",
@@ -333,14 +346,14 @@ def _parser() -> Parser:
     p.add_argument("--templates", choices=("none", "one", "clip"), default="none", help=TEMPLATES_HELP)
     p.add_argument(
         "--clips",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="embed so many equal parts of each video, and take their mean (default: 1)",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the scores as JSON too")
     p.add_argument("--save", type=Path, metavar="DIR", help="write what was predicted too, as --predictions reads it")
-    _add_loading(p)
+    add_loading(p)
 
     p = verb(
         "embed",
@@ -349,7 +362,7 @@ def _parser() -> Parser:
         "and goes on where it stopped. A model of images gives the mean of 8 frames' embeddings.",
         "pyvdl embed corpus/test.jsonl --model runs/encoder/model --out runs/embeddings --export npz",
     )
-    _add_videos(p)
+    add_videos(p)
     p.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="saved dual encoder, or CLIP's or SigLIP's folder"
     )
@@ -366,8 +379,8 @@ def _parser() -> Parser:
         default=[],
         help="once all is embedded: write it as a NumPy archive, too, into the same folder: keys, embeddings, errors",
     )
-    _add_cuts(p)
-    _add_job(p, "embed")
+    add_cuts(p)
+    add_job(p, "embed")
 
     p = verb(
         "stats",
@@ -389,11 +402,11 @@ def _parser() -> Parser:
     p.add_argument("--punctuation", action="store_true", help="count marks as tokens")
     p.add_argument(
         "--sample-size",
-        type=_sample_size,
+        type=sample_size,
         metavar="N",
         help="so many captions of each set at random, or 'equal': as many as the smallest set has (default: all)",
     )
-    p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
+    p.add_argument("--seed", type=unsigned, default=0, help="of the samples (default: 0)")
 
     p = verb(
         "ablate",
@@ -404,234 +417,8 @@ def _parser() -> Parser:
         "stopped. Without a name: which ablations there are.",
         "pyvdl ablate order --out ablations",
     )
-    _add_ablation(p)
+    add_ablation(p)
     return parser
-
-
-def _add_ablation(p: Parser) -> None:
-    p.add_argument("name", nargs="?", choices=tuple(GRIDS), metavar="NAME", help=", ".join(GRIDS))
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("ablations"),
-        metavar="DIR",
-        help="where everything goes (default: ablations); of all grids the same, so that they share what is done.\n"
-        "The folder of `pyvdl demo` has corpus and image models already",
-    )
-    p.add_argument("--seed", type=_unsigned, default=0, help="of corpus and training (default: 0)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KIND.A.B=C",
-        help="change a setting of all trainings of a kind (visual.steps=500, language.batch_size=32,\n"
-        "contrastive.optim.peak_learning_rate=3e-4) or of captioning (caption.num_samples=10); again for more",
-    )
-    group = p.add_argument_group("data and models of your own (default: the small corpus and its stand-ins)")
-    group.add_argument("--test", type=Path, metavar="DATA", help="test records: manifest or WebDataset tars")
-    group.add_argument("--preset", choices=tuple(PRESETS), help="sizes and recipes (default: paper)")
-    group.add_argument(
-        "--data", type=Path, metavar="DATA", help="labelled: captions, narratives, and instruct's questions"
-    )
-    group.add_argument("--unlabelled", type=Path, metavar="DATA", help="clips to caption, with alt-text")
-    group.add_argument("--vlm", type=Path, metavar="DIR", help="image vision-language model, as adapt takes it")
-    group.add_argument("--encoder", type=Path, metavar="DIR", help="dual encoder to begin with, as train takes it")
-    group.add_argument(
-        "--source",
-        action="append",
-        default=[],
-        metavar="NAME=DATA",
-        help="instruction data 'pictures' (LLaVA) or 'long answers' (ActivityNet-Instruct), or a language model's\n"
-        "'summary' of each unlabelled clip as its caption; rows without their source are left out; again for more",
-    )
-
-
-def _add_language_model(parser: Parser) -> None:
-    p = parser.add_argument_group("with a language model")
-    p.add_argument("--model", metavar="NAME", help="as the endpoint knows it")
-    p.add_argument("--base-url", metavar="URL", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
-    p.add_argument("--templates", type=Path, metavar="FILE", help="your own instructions and examples, a TOML file")
-    p.add_argument("--seed", type=_unsigned, metavar="N", help="of the examples and requests (default: 0)")
-    p.add_argument("--temperature", type=_non_negative, metavar="X", help="(default: the endpoint's)")
-    p.add_argument("--max-tokens", type=_positive, metavar="N", help="of a reply, thoughts included (default: 1024)")
-    p.add_argument(
-        "--language", metavar="CODE", help="questions in others are left out; 'any' keeps them (default: en)"
-    )
-    p.add_argument("--concurrency", type=_positive, metavar="N", help="requests at a time (default: 16)")
-    p.add_argument("--requests-per-minute", type=_positive, metavar="N", help="at most (default: no limit)")
-    p.add_argument("--tokens-per-minute", type=_positive, metavar="N", help="in and out, at most (default: no limit)")
-    p.add_argument("--timeout-seconds", type=_positive, metavar="N", help="of one try of a request (default: 120)")
-    p.add_argument("--retries", type=_unsigned, metavar="N", help="of a request that may work later (default: 6)")
-    p.add_argument("--price-in", type=_non_negative, metavar="X", help="of a million tokens in, to tell the cost")
-    p.add_argument("--price-out", type=_non_negative, metavar="X", help="of a million tokens out")
-
-
-def _add_training(p: Parser) -> None:
-    p.add_argument(
-        "--data", type=Path, required=True, metavar="DATA", help="training records: manifest or WebDataset tars"
-    )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    p.add_argument("--model", type=Path, metavar="DIR", help="saved model to start from (default: a random one)")
-    p.add_argument("--preset", choices=tuple(PRESETS), default="toy", help="sizes and recipe (default: toy)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="change a setting of the recipe (steps=500, optim.peak_learning_rate=3e-4, clip.crop=center) or of a new "
-        "model (model.vision.depth=4); again for more",
-    )
-    p.add_argument("--fraction", type=_share, default=1.0, metavar="X", help="share of the records (default: 1)")
-    _add_distributed(p, "train")
-
-
-def _add_distributed(p: Parser, verb: str) -> None:
-    p.add_argument(
-        "--distributed",
-        action="store_true",
-        help=f"{verb} together with the other processes that run this command: on TPU slices, Slurm and GKE found by\n"
-        "themselves, elsewhere named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
-    )
-
-
-def _add_videos(p: Parser) -> None:
-    p.add_argument("videos", nargs="*", metavar="PATH", help=VIDEOS_HELP)
-    p.add_argument("--videos", nargs="+", default=[], metavar="PATH", dest="more_videos", help="the same")
-
-
-def _add_sampling(p: Parser) -> None:
-    p.add_argument("--num-samples", type=_positive, default=1, metavar="N", help="captions a video (default: 1)")
-    p.add_argument("--temperature", type=_non_negative, metavar="X", default=1.0, help="0 is greedy (default: 1)")
-    p.add_argument("--top-p", type=_share, metavar="P", default=0.95, help="nucleus (default: 0.95)")
-    p.add_argument("--max-length", type=_positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
-    p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
-    p.add_argument("--seed", type=_unsigned, default=0, help="of the samples (default: 0)")
-    p.add_argument("--format", choices=FORMATS["captions"], default="parquet", help="of --out (default: parquet)")
-
-
-def _add_job(p: Parser, verb: str) -> None:
-    p.add_argument("--shard-size", type=_positive, default=1000, metavar="ROWS", help="of --out (default: 1000)")
-    p.add_argument(
-        "--timeout-seconds",
-        type=_seconds,
-        default=60.0,
-        metavar="X",
-        help="that decoding one clip may take, with --out (default: 60)",
-    )
-    text = "with --out: split the model's parameters over so many of each process's devices (default: 1)"
-    p.add_argument("--fsdp", type=_positive, default=1, metavar="N", help=text)
-    p.add_argument("--tensor", type=_positive, default=1, metavar="N", help="the same for matrices and heads")
-    _add_distributed(p, verb)
-    p.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="with --out: this process and those of --distributed, or the workers of a Ray cluster, whose hosts may\n"
-        "come and go: that of RAY_ADDRESS, else one on this machine for as long as it takes (default: local)",
-    )
-    p.add_argument(
-        "--workers", type=_positive, metavar="N", help="of --engine ray (default: as many as have a place now)"
-    )
-    p.add_argument(
-        "--worker-resources",
-        type=_resource,
-        nargs="+",
-        default=[],
-        metavar="NAME=X",
-        help="what a worker takes of a host, by Ray's names: GPU=1, TPU=4, CPU=8, ... (default: CPU=1)",
-    )
-    _add_loading(p)
-
-
-def _add_cuts(p: Parser) -> None:
-    group = p.add_argument_group("long clips (default: as they are)")
-    group.add_argument(
-        "--window-seconds", type=_seconds, metavar="X", help="cut longer clips into windows of X seconds"
-    )
-    group.add_argument(
-        "--cut",
-        choices=("windows", "shots"),
-        default="windows",
-        help="shots: cut where a shot ends, and shots longer than --window-seconds into equal parts. All of each\n"
-        "clip is decoded for that before captioning begins (default: windows)",
-    )
-    group.add_argument(
-        "--min-shot-seconds",
-        type=_seconds,
-        default=1.0,
-        metavar="X",
-        help="a shorter shot belongs to the one before (default: 1)",
-    )
-
-
-def _add_filters(p: Parser) -> None:
-    group = p.add_argument_group("filters (default: none; what they drop stands in the rows, with the filter's name)")
-    group.add_argument(
-        "--min-log-prob", type=float, metavar="X", help="natural log, mean over a caption's tokens and its end"
-    )
-    group.add_argument("--max-repetition", type=float, metavar="X", help="share of a caption's bigrams that it repeats")
-    group.add_argument(
-        "--max-overlap",
-        type=float,
-        metavar="X",
-        help="of a caption's bigrams with those of a better one of its video (Jaccard index)",
-    )
-    group.add_argument(
-        "--clip-score",
-        type=Path,
-        metavar="DIR",
-        help="dual encoder whose cosine of video and caption is told in the rows, and says which captions are better\n"
-        "(without: the mean log-probability)",
-    )
-    group.add_argument("--min-clip-score", type=float, metavar="X", help="the least cosine, with --clip-score")
-    group.add_argument("--keep-best", type=_positive, metavar="K", help="captions of a video")
-
-
-def _add_loading(p: Parser) -> None:
-    p.add_argument(
-        "--sampling",
-        choices=("uniform", "fps", "keyframe"),
-        default="uniform",
-        help="frames spread over the clip, at the model's rate from its start, or key frames (default: uniform)",
-    )
-    p.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="clips at a time (default: 8)")
-    p.add_argument("--num-threads", type=_positive, default=2, metavar="N", help="that decode (default: 2)")
-    p.add_argument("--int8", action="store_true", help="keep the model's matrices in int8, in less memory (needs qwix)")
-
-
-def _resource(text: str) -> tuple[str, float]:
-    name, _, amount = text.partition("=")
-    if not name or not amount.replace(".", "", 1).isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a resource with its amount, such as GPU=1")
-    return name, float(amount)
-
-
-def _number[T: (int, float)](kind: type[T], fits: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
-    """An argparse type whose message says what is wanted."""
-
-    def read(text: str) -> T:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return read
-
-
-def _sample_size(text: str) -> int | str:
-    return text if text == "equal" else _positive(text)
-
-
-_positive = _number(int, lambda value: value > 0, "a whole number above 0")
-_unsigned = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-_non_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-_seconds = _number(float, lambda value: 0 < value < math.inf, "a number of seconds above 0")
-# Fewer leave a part of the corpus empty; make_corpus refuses them too.
-_corpus_size = _number(int, lambda value: value >= 10, "a whole number of at least 10, clips for all three parts")
-_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 if __name__ == "__main__":
