@@ -223,13 +223,13 @@ def _generate(
             logits = ban_repeats(logits, s.tokens, s.step, settings.no_repeat_ngram)
         if settings.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / temperature
+        logits = logits.reshape(-1, logits.shape[-1]) / temperature
         if settings.top_k:
             logits = keep_top_k(logits, top_k)
         if settings.nucleus:
             logits = keep_nucleus(logits, top_p)
-        draw = jax.vmap(jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, s.step), row)))
-        return draw(keys, logits).astype(jnp.int32)
+        draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, s.step), row))
+        return draw(keys.reshape(-1), logits).astype(jnp.int32).reshape(shape)
 
     def extend(s: _Drawn, logits: Array) -> _Drawn:
         """Chooses one more token of each text from logits [B, n, V]."""

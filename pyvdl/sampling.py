@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,9 +9,9 @@ from jax import Array
 
 def keep_top_k(logits: Array, top_k: Array | int) -> Array:
     """The logits with -inf outside the `top_k` likeliest tokens; tokens as likely as the last of them stay in."""
-    probs = jax.nn.softmax(logits, axis=-1)
-    least = _threshold(probs, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= top_k)
-    return jnp.where(probs >= least, logits, -jnp.inf)
+    weights = _weights(logits)
+    least = _least(weights, jnp.ones_like(weights), jnp.full(logits.shape[:-1], top_k, weights.dtype))
+    return jnp.where(weights >= least, logits, -jnp.inf)
 
 
 def keep_nucleus(logits: Array, top_p: Array | float) -> Array:
@@ -21,29 +19,42 @@ def keep_nucleus(logits: Array, top_p: Array | float) -> Array:
 
     Tokens as likely as the least likely one of the set stay in.
     """
-    probs = jax.nn.softmax(logits, axis=-1)
-    least = _threshold(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1, keepdims=True) >= top_p)
-    return jnp.where(probs >= least, logits, -jnp.inf)
+    weights = _weights(logits)
+    least = _least(weights, weights, top_p * jnp.sum(weights, axis=-1))
+    return jnp.where(weights >= least, logits, -jnp.inf)
 
 
-def _threshold(probs: Array, enough: Callable[[Array], Array]) -> Array:
-    """[..., V] -> [..., 1], the largest value for which the tokens at least as likely, bool[..., V], are enough.
+def _weights(logits: Array) -> Array:
+    """Probabilities, each by the largest one."""
+    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
 
-    0 where all tokens together are not. Found by halving: the bits of floats from 0 to 1 are ordered as the floats are,
-    so 31 passes over the vocabulary find it exactly, where sorting the vocabulary takes several times as long.
+
+def _least(weights: Array, counted: Array, enough: Array) -> Array:
+    """weights [..., V] in [0, 1] -> [..., 1], the largest value for which the tokens at least as likely are enough:
+    their `counted`, [..., V], add up to `enough`, [...]. 0 where those of all tokens do not.
+
+    Floats from 0 to 1 are ordered as their 30 bits are. These are found three at a time, in ten passes over the
+    vocabulary that add up seven sums each; sorting it takes several times as long.
     """
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # enough at low, not enough at high
-        middle = low + (high - low) // 2
-        is_enough = enough(bits >= middle)
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+    def add(sums: tuple[Array, ...], more: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(map(jnp.add, sums, more))
 
-    low = jnp.zeros((*probs.shape[:-1], 1), jnp.int32)
-    high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    def narrow(i: Array, bits: Array) -> Array:
+        place = 27 - 3 * i
+        kept = tuple(
+            jnp.where(weights >= _as_float(bits + (digit << place))[..., None], counted, 0) for digit in range(1, 8)
+        )
+        # One reduction of all seven, so that they share the pass.
+        sums = jax.lax.reduce(kept, (jnp.zeros((), counted.dtype),) * len(kept), add, (weights.ndim - 1,))
+        digit = sum((found >= enough).astype(jnp.int32) for found in sums)
+        return bits + (digit << place)
+
+    return _as_float(jax.lax.fori_loop(0, 10, narrow, jnp.zeros(weights.shape[:-1], jnp.int32)))[..., None]
+
+
+def _as_float(bits: Array) -> Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def ban_repeats(logits: Array, tokens: Array, length: Array, ngram: int) -> Array:
