@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 DTYPES = (jnp.bfloat16, jnp.float32)
-BLOCK = 128  # queries and keys come in multiples of it
+BLOCK = 128  # the kernel takes queries and keys in multiples of it; others are padded
 LEAST_SCORES = 1024 * 1024  # of a head: below, XLA is as fast, by the models there are
 BLOCK_QUERIES, BLOCK_KEYS, BLOCK_COMPUTED = 512, 2048, 512  # at most; the fastest of eight in libtpu's simulator
 
@@ -19,8 +19,8 @@ def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | Non
     """The reason, in words, why the kernel does not take this; None if it does. Options: of `attention.attention`."""
     if q.dtype not in DTYPES:
         return f"takes bfloat16 and float32, not {q.dtype}"
-    if q.shape[1] % BLOCK or k.shape[1] % BLOCK or 0 in q.shape or 0 in k.shape:
-        return f"takes multiples of {BLOCK} queries and keys, not {q.shape[1]} and {k.shape[1]}"
+    if 0 in q.shape or 0 in k.shape:
+        return f"takes no empty arrays, {q.shape} and {k.shape}"
     for name in ("bias", "prefix_lengths"):
         if options[name] is not None:
             return f"does not take {name}"
@@ -47,7 +47,11 @@ def attention(
     **_: Any,
 ) -> Array:
     """q [B, S, N, D], k and v [B, K, Nkv, D]; see `attention.attention`."""
-    queries, heads, keys = q.shape[1], q.shape[2], k.shape[1]
+    batch, wanted, heads = q.shape[:3]
+    if k.shape[1] % BLOCK and kv_lengths is None:
+        kv_lengths = jnp.full(batch, k.shape[1], jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0))) for x in (q, k, v))
+    queries, keys = q.shape[1], k.shape[1]
     mask: splash.Mask
     if window is not None:
         reach = (window - 1, 0 if causal else window - 1)
@@ -75,12 +79,12 @@ def attention(
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     if kv_lengths is None:
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+        return jax.vmap(kernel)(q, k, v)[:, :, :wanted].swapaxes(1, 2)
 
     def of_row(q: Array, k: Array, v: Array, length: Array) -> Array:
         valid = (jnp.arange(keys) < length).astype(jnp.int32)
         return kernel(q, k, v, segment_ids=splash.SegmentIds(jnp.ones(queries, jnp.int32), valid))
 
-    out = jax.vmap(of_row)(q, k, v, kv_lengths)
+    out = jax.vmap(of_row)(q, k, v, kv_lengths)[:, :, :wanted]
     # With no key at all the kernel gives the mean of the values.
     return jnp.where(kv_lengths[:, None, None, None] > 0, out, 0).swapaxes(1, 2)
