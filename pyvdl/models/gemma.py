@@ -142,8 +142,9 @@ class GemmaBlock(nnx.Module):
     def project(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
         """[..., E] -> q [..., N, D], k and v [..., Nkv, D]."""
         config = self.config
-        heads = (self.norm_attention(x) @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:-1], -1, config.head_dim)
-        q, k, v = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=-2)
+        ends = [config.num_heads * config.head_dim, (config.num_heads + config.num_kv_heads) * config.head_dim]
+        parts = jnp.split(self.norm_attention(x) @ self.qkv[...].astype(x.dtype), ends, axis=-1)
+        q, k, v = (part.reshape(*x.shape[:-1], -1, config.head_dim) for part in parts)
         return rotate(q, turn), rotate(k, turn), v
 
     def finish(self, x: Array, mixed: Array) -> Array:
@@ -227,8 +228,10 @@ class Gemma(nnx.Module):
 
     def step(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """See `LanguageModel`."""
-        position = cache.position
-        turn = self._rotation((cache.prefix_lengths + position)[:, None, None])
+        position, shape = cache.position, ids.shape
+        # Products with weights take all texts as rows of one matrix: TPUs pad the last two dimensions of what they
+        # store, and the texts of a clip are few.
+        turn = self._rotation(jnp.repeat(cache.prefix_lengths + position, shape[1]))
 
         def body(
             block: GemmaBlock,
@@ -238,21 +241,21 @@ class Gemma(nnx.Module):
             prefix_keys: Array,
             prefix_values: Array,
         ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry  # x [B, n, 1, E]
-            q, k, v = block.project(x, turn)
+            x, keys, values = carry  # x [B * n, E]
+            q, k, v = (part.reshape(*shape, 1, *part.shape[1:]) for part in block.project(x, turn))
             # The caches are carried whole and written in place, one token of one layer at a time.
             place = (layer, 0, 0, 0, position, 0)
             keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(2, 3)[None], place)
             values = jax.lax.dynamic_update_slice(values, v.swapaxes(2, 3)[None], place)
             prefix, own = (prefix_keys, prefix_values), (keys[layer], values[layer])
             mixed = self._attend(q, prefix, own, cache.prefix_lengths, position, window)
-            return (block.finish(x, mixed), keys, values), None
+            return (block.finish(x, mixed.reshape(len(x), *mixed.shape[3:])), keys, values), None
 
         layers = jnp.arange(self.config.depth)
         windows = self._windows(cache.prefix_keys, cache.keys.shape[4])
-        carry = (self.embed(ids)[:, :, None], cache.keys, cache.values)
+        carry = (self.embed(ids.reshape(-1)), cache.keys, cache.values)
         (x, keys, values), _ = self.blocks.scan(body, carry, layers, windows, cache.prefix_keys, cache.prefix_values)
-        logits = self.logits(self.norm(x[:, :, 0]))
+        logits = self.logits(self.norm(x)).reshape(*shape, -1)
         return logits, cache._replace(keys=keys, values=values, position=position + 1)
 
     def reorder(self, cache: Cache, parents: Array) -> Cache:

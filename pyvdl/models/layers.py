@@ -146,8 +146,10 @@ class Mixer(nnx.Module):
     def __call__(self, x: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
         """x [B, S, E]; `attend` maps q, k, v [B, S, N, D] to [B, S, N, D]."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        return self.out(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, tokens, width))
+        shape = (batch, tokens, self.num_heads, width // self.num_heads)
+        # Cut before heads have an axis: the kernels for TPUs take [B, S, N * D], and nothing is laid out in between.
+        q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(self.norm(x)), 3, axis=-1))
+        return self.out(attend(q, k, v).reshape(batch, tokens, width))
 
 
 class Block(nnx.Module):
