@@ -7,10 +7,11 @@ projections, no 1/sqrt(D) in attention (the initial scale of queries makes up fo
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -26,6 +27,23 @@ START_ID = 0  # of the decoder; also padding
 
 def _dense(shape: tuple[int, ...], scale: float, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+
+
+def last_token_attention(q: Array, keys: Array, values: Array, bias: Array) -> Array:
+    """Attention of one token of each text over the text's own tokens, whose heads lie side by side.
+
+    q [R, N * D], keys and values [R, M, N * D], bias float32[M, N], -inf at keys that are not seen -> [R, N * D]. Sums
+    over a head, and spreading a weight over one, are products with a matrix of zeros and ones: an axis of few heads and
+    one of a few numbers would be padded by TPUs to several times the cache, and each head's product be one of its own.
+    """
+    heads, head_dim = bias.shape[1], q.shape[1] // bias.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    member = jnp.asarray(np.repeat(np.eye(heads), head_dim, axis=0), wide)  # [N * D, N]
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("rme,en->rmn", q.astype(wide)[:, None] * keys.astype(wide), member, precision=exact) + bias
+    weights = jax.nn.softmax(scores, axis=1)
+    spread = jnp.einsum("rmn,en->rme", weights, member, precision=exact)
+    return jnp.sum(spread * values.astype(wide), axis=1).astype(q.dtype)
 
 
 class GatedMlp(nnx.Module):
@@ -51,14 +69,18 @@ class SelfAttention(nnx.Module):
         self.qkv = nnx.Param(qkv.reshape(width, 3 * heads * head_dim))
         self.out = _dense((heads * head_dim, width), (heads * head_dim) ** -0.5, rngs)
 
-    def project(self, x: Array) -> tuple[Array, Array, Array]:
-        """[B, S, E] -> q, k, v [B, S, N, D]."""
-        qkv = (self.norm(x) @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], 3, *self.heads)
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    def project(self, x: Array) -> list[Array]:
+        """[..., E] -> q, k, v [..., N * D]."""
+        return jnp.split(self.norm(x) @ self.qkv[...].astype(x.dtype), 3, axis=-1)
 
     def merge(self, mixed: Array) -> Array:
-        """[B, S, N, D] -> [B, S, E]."""
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
+        """[..., N * D] -> [..., E]."""
+        return mixed @ self.out[...].astype(mixed.dtype)
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        """x [B, S, E] looks at itself -> as x. options: of `attention`."""
+        q, k, v = (part.reshape(*x.shape[:2], *self.heads) for part in self.project(x))
+        return self.merge(attention(q, k, v, scale=1.0, **options).reshape(*x.shape[:2], -1))
 
 
 class CrossAttention(nnx.Module):
@@ -76,11 +98,11 @@ class CrossAttention(nnx.Module):
         return kv[:, :, 0], kv[:, :, 1]
 
     def __call__(self, x: Array, keys: Array, values: Array, lengths: Array) -> Array:
-        """x [B * n, M, E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid -> as x."""
+        """x [B * n, ..., E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid -> as x."""
         # The n texts of a clip are the queries of one attention over its memory.
         q = (self.norm(x) @ self.query[...].astype(x.dtype)).reshape(keys.shape[0], -1, *self.heads)
         mixed = attention(q, keys, values, kv_lengths=lengths, scale=1.0)
-        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
+        return mixed.reshape(*x.shape[:-1], -1) @ self.out[...].astype(x.dtype)
 
 
 class EncoderBlock(nnx.Module):
@@ -90,8 +112,7 @@ class EncoderBlock(nnx.Module):
 
     def __call__(self, x: Array, bias: Array, lengths: Array) -> Array:
         """x [B, S, E], bias float32[1, N, S, S] on the scores, `lengths` int32[B] of valid tokens -> [B, S, E]."""
-        q, k, v = self.attention.project(x)
-        x = x + self.attention.merge(attention(q, k, v, bias=bias, kv_lengths=lengths, scale=1.0))
+        x = x + self.attention(x, bias=bias, kv_lengths=lengths)
         return x + self.mlp(x)
 
 
@@ -103,8 +124,7 @@ class DecoderBlock(nnx.Module):
 
     def __call__(self, x: Array, memory: Array, bias: Array, lengths: Array) -> Array:
         """x [B * n, M, E], bias float32[1, N, M, M], memory [B, S, E] of `lengths` int32[B] valid tokens -> as x."""
-        q, k, v = self.attention.project(x)
-        x = x + self.attention.merge(attention(q, k, v, causal=True, bias=bias, scale=1.0))
+        x = x + self.attention(x, causal=True, bias=bias)
         x = x + self.cross(x, *self.cross.keys_values(memory), lengths)
         return x + self.mlp(x)
 
@@ -112,8 +132,8 @@ class DecoderBlock(nnx.Module):
 class Cache(NamedTuple):
     """What decoding carries from token to token. The samples of a clip share its memory: it is held once a clip."""
 
-    keys: Array  # [layers, B, n, M, N, D] of the tokens decoded so far
-    values: Array  # [layers, B, n, M, N, D]
+    keys: Array  # [layers, B, n, M, N * D] of the tokens decoded so far
+    values: Array  # [layers, B, n, M, N * D]
     memory_keys: Array  # [layers, B, S, N, D]
     memory_values: Array  # [layers, B, S, N, D]
     memory_lengths: Array  # int32[B]
@@ -182,7 +202,7 @@ class T5(nnx.Module):
         kv = jnp.einsum("bse,leh->lbsh", memory, kernels)
         kv = kv.reshape(*kv.shape[:3], 2, config.num_heads, config.head_dim)
         memory_keys, memory_values = kv[:, :, :, 0], kv[:, :, :, 1]
-        shape = (config.decoder_layers, memory.shape[0], num_samples, length, config.num_heads, config.head_dim)
+        shape = (config.decoder_layers, memory.shape[0], num_samples, length, config.num_heads * config.head_dim)
         zeros = jnp.zeros(shape, config.dtype)
         return Cache(zeros, zeros, memory_keys, memory_values, valid_lengths(memory_mask), jnp.zeros((), jnp.int32))
 
@@ -190,8 +210,7 @@ class T5(nnx.Module):
         """See `LanguageModel`."""
         batch, samples = ids.shape
         position, length = cache.position, cache.keys.shape[3]
-        bias = self.decoder_bias.row(position, length)
-        lengths = jnp.full((batch * samples,), position + 1)
+        bias = jnp.where(jnp.arange(length) <= position, self.decoder_bias.row(position, length)[0, :, 0], -jnp.inf).T
 
         def step(
             block: DecoderBlock,
@@ -200,22 +219,26 @@ class T5(nnx.Module):
             memory_keys: Array,
             memory_values: Array,
         ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry  # x [B * n, 1, E]
-            q, k, v = (part.reshape(batch, samples, *part.shape[1:]) for part in block.attention.project(x))
+            x, keys, values = carry  # x [B * n, E]
+            q, k, v = block.attention.project(x)
             # The caches are carried whole and written in place, one token of one layer at a time.
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (layer, 0, 0, position, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (layer, 0, 0, position, 0, 0))
-            q, k, v = (part.reshape(-1, *part.shape[2:]) for part in (q, keys[layer], values[layer]))
-            x = x + block.attention.merge(attention(q, k, v, kv_lengths=lengths, bias=bias, scale=1.0))
+            place = (layer, 0, 0, position, 0)
+            keys = jax.lax.dynamic_update_slice(keys, k.reshape(1, batch, samples, 1, -1), place)
+            values = jax.lax.dynamic_update_slice(values, v.reshape(1, batch, samples, 1, -1), place)
+            own_keys, own_values = (part[layer].reshape(batch * samples, length, -1) for part in (keys, values))
+            x = x + block.attention.merge(last_token_attention(q, own_keys, own_values, bias))
             x = x + block.cross(x, memory_keys, memory_values, cache.memory_lengths)
             return (x + block.mlp(x), keys, values), None
 
-        x = self.embed(ids).reshape(batch * samples, 1, -1)
         layers = jnp.arange(self.config.decoder_layers)
         (x, keys, values), _ = self.decoder.scan(
-            step, (x, cache.keys, cache.values), layers, cache.memory_keys, cache.memory_values
+            step,
+            (self.embed(ids.reshape(-1)), cache.keys, cache.values),
+            layers,
+            cache.memory_keys,
+            cache.memory_values,
         )
-        logits = self.logits(self.decoder_norm(x).reshape(batch, samples, -1))
+        logits = self.logits(self.decoder_norm(x)).reshape(batch, samples, -1)
         return logits, cache._replace(keys=keys, values=values, position=position + 1)
 
     def reorder(self, cache: Cache, parents: Array) -> Cache:
