@@ -106,6 +106,13 @@ def _language() -> Iterator[Case]:
             yield Case(f"{name} pyvdl xla", f"bench.tpu_ops:language({what},{tokens},64,xla)", "model")
 
 
+def _biased() -> Iterator[Case]:
+    """The encoder of a T5 over the tokens of eight frames and a prompt."""
+    for what in ("fwd", "fwd+bwd"):
+        yield Case(f"biased {what} 2064x64 pyvdl", f"bench.tpu_ops:biased({what},2064,64)")
+        yield Case(f"biased {what} 2064x64 pyvdl xla", f"bench.tpu_ops:biased({what},2064,64,xla,16)", "model")
+
+
 def _contrastive() -> Iterator[Case]:
     for kind in ("softmax", "sigmoid"):
         name = f"contrastive {kind} 4096x4096x768"
@@ -128,6 +135,7 @@ CASES = (
     *_joint(),
     *_grouped(),
     *_language(),
+    *_biased(),
     *_contrastive(),
 )
 

@@ -128,6 +128,39 @@ def language(what: str, tokens: int, head_dim: int, implementation: str = "palla
     return whole_attention(core, what, tokens, head_dim, heads=HEADS, pairs=pairs, products=products)
 
 
+def biased(what: str, tokens: int, head_dim: int, implementation: str = "pallas_tpu", heads: int = 2) -> Program:
+    """pyvdl.kernels.attention with a bias on the scores, as T5's encoder has it; backward has the bias's gradient."""
+    from pyvdl.kernels import attention
+
+    def op(q: Array, k: Array, v: Array, bias: Array) -> Array:
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
+        return attention(q, k, v, bias=bias, scale=1.0, implementation=implementation).reshape(BATCH, tokens, -1)
+
+    def both(*inputs: Array) -> tuple[Array, ...]:
+        out, pull = jax.vjp(op, *inputs[:-1])
+        return out, *pull(inputs[-1])
+
+    forward = what == "fwd"
+
+    def args(heads: int) -> tuple[Any, ...]:
+        x = jax.ShapeDtypeStruct((BATCH, tokens, heads * head_dim), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct((1, heads, tokens, tokens), jnp.float32)
+        return (x, x, x, bias) if forward else (x, x, x, bias, x)
+
+    # The batch shares the bias: rows are not cut off.
+    array = 2 * BATCH * tokens * HEADS * head_dim
+    bias_bytes = 4 * HEADS * tokens**2
+    return Program(
+        fn=op if forward else both,
+        args=args(heads),
+        scale=HEADS / heads,
+        whole_args=args(HEADS),
+        flops=(4 if forward else 14) * BATCH * HEADS * tokens**2 * head_dim,
+        products=score_products(what, tokens, tokens, head_dim, BATCH * HEADS),
+        hbm_bytes=(4 if forward else 8) * array + (1 if forward else 2) * bias_bytes,
+    )
+
+
 def contrastive(kind: str, rows: int, implementation: str = "pallas_tpu") -> Program:
     """pyvdl.kernels.contrastive_loss of one chip, value and both gradients: one step of the ring."""
     return loss_program(_loss(kind, implementation, None), kind, rows)

@@ -12,6 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from . import (
+    attention_biased_tpu,
     attention_cudnn,
     attention_splash,
     attention_tpu,
@@ -196,7 +197,8 @@ def attention(
     if implementation == "pallas_gpu":
         raise NotImplementedError("attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
     branches: dict[str, Callable[..., Array]] = {"xla": functools.partial(_attention_xla, **options)}
-    for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", attention_splash)):
+    for_tpu: Any = attention_splash if bias is None else attention_biased_tpu
+    for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", for_tpu)):
         if reason := module.refusal_of_options(q, k, options):
             if implementation == name:
                 raise NotImplementedError(f"attention: {name!r} {reason}; use 'xla' or None")
@@ -207,7 +209,9 @@ def attention(
     platforms = {"default": branches["xla"]}
     if "cudnn" in branches and attention_cudnn.is_here():
         platforms["cuda"] = branches["cudnn"]
-    if "pallas_tpu" in branches and queries * keys >= attention_splash.LEAST_SCORES:
+    if "pallas_tpu" in branches and queries * keys >= for_tpu.LEAST_SCORES:
+        if bias is not None:  # chooses by the platform inside its own rules of differentiation
+            return attention_biased_tpu.by_platform(q, k, v, **options)
         platforms["tpu"] = branches["pallas_tpu"]
     if len(platforms) == 1:
         return branches["xla"](q, k, v)

@@ -45,12 +45,12 @@ from .attention_tpu_tiles import (
     pieces,
     row,
     run_heads,
-    shape_like,
     specs,
     store_row,
     store_transposed,
     zero_after,
 )
+from .manual_axes import shape_like
 
 LN2 = math.log(2.0)
 # Sums of exponentials outside this range are taken again with the maximum subtracted. Inside, float32 loses nothing:

@@ -36,11 +36,11 @@ from .attention_tpu_tiles import (
     pieces,
     row,
     run_heads,
-    shape_like,
     specs,
     store_transposed,
     zero_after,
 )
+from .manual_axes import shape_like
 
 
 def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:

@@ -294,13 +294,3 @@ def collected(plan: Plan) -> Any:
 
 def flat(plan: Plan, *arrays: Array) -> list[Array]:
     return [x.reshape(plan.batch, plan.tokens, plan.heads * plan.head_dim) for x in arrays]
-
-
-def shape_like(q: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An output that varies over the same mesh axes as q, which `jax.shard_map` asks of a kernel."""
-    axes: dict[str, Any] = {}
-    for name in ("manual_axis_type", "vma"):  # jax 0.12 calls it the former
-        if hasattr(jax.typeof(q), name):
-            axes = {name: getattr(jax.typeof(q), name)}
-            break
-    return jax.ShapeDtypeStruct(shape, dtype, **axes)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .manual_axes import alike
 from .tuning import CONTRASTIVE_VMEM_BYTES, LANES, ContrastiveLayout
 
 SUBLANES = 8
@@ -56,18 +57,6 @@ class Visit(NamedTuple):
     places: Array  # int32[3]: are the visitors the device's own rows; place of the first of them; 0 if maxima are fixed
     row_groups: Array | None  # int32[rows, 128]
     column_groups: Array | None  # int32[1, columns]
-
-
-def _axes_of(x: Array) -> frozenset[str]:
-    """The mesh axes over which x is marked as differing from device to device."""
-    return frozenset(jax.typeof(x).mat.varying)
-
-
-def _alike(arrays: list[Array]) -> list[Array]:
-    """All marked as differing over the axes over which any of them does, as pallas_call wants them."""
-    axes = frozenset[str]().union(*map(_axes_of, arrays))
-    missing = [tuple(axes - _axes_of(x)) for x in arrays]
-    return [jax.lax.pcast(x, new, to="varying") if new else x for x, new in zip(arrays, missing, strict=True)]
 
 
 class _Masks(NamedTuple):
@@ -176,7 +165,7 @@ def _call(
 ) -> list[Array]:
     """pallas_call of float32 outputs; inputs that are None are left out of the call and given to the body as None."""
     there = [x is not None for x, _ in inputs]
-    arrays = _alike([x for x, _ in inputs if x is not None])
+    arrays = alike([x for x, _ in inputs if x is not None])
     like = jax.typeof(arrays[0])
 
     def kernel(*refs: Any) -> None:

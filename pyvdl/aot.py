@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from pyvdl import hlo, liveness, train
-from pyvdl.config import CaptionConfig, GemmaConfig, TrainConfig, ViTConfig, VLMConfig
+from pyvdl.config import CaptionConfig, DualEncoderConfig, GemmaConfig, TrainConfig, VLMConfig
 from pyvdl.flops import caption_flops, training_flops
 from pyvdl.generate import bucket, generate
 from pyvdl.models import VLM, DualEncoder
@@ -33,9 +33,9 @@ from pyvdl.recipes import text_lengths
 from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
 from pyvdl.step import make_step, placed, shapes, split
 
-KERNEL_SHARE = (
-    0.95  # of their floor that the attention kernels reach on v5e by the simulator, `python -m bench.tpu_aot`
-)
+# Of their floor that attention kernels reach on v5e by the simulator, `python -m bench.tpu_aot`: the towers', T5's with
+# a bias on the scores, and JAX's splash.
+KERNEL_SHARES = {"joint_attention_": 0.95, "biased_attention_": 0.4, "splash_mha_": 0.4}
 CAPTION_TOP_P = 0.95  # the command line's: the nucleus is sorted out whatever its size
 
 
@@ -102,7 +102,7 @@ def training(request: Request) -> dict[str, Any]:
         },
         "flops": flops,
         "compile_seconds": seconds,
-        **_bounds(text, flops, state_bytes + 2 * trained, chip, mesh, shape.vision),
+        **_bounds(text, flops, state_bytes + 2 * trained, chip, mesh, shape),
     }
 
 
@@ -162,7 +162,7 @@ def captions(request: Request) -> dict[str, Any]:
         },
         "flops": flops,
         "compile_seconds": seconds,
-        **_bounds(text, flops, read, chip, mesh, shape.vision),
+        **_bounds(text, flops, read, chip, mesh, shape),
     }
 
 
@@ -235,7 +235,9 @@ def _facts(compiled: Any) -> tuple[str, int, int]:
     return compiled.as_text(), memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
 
 
-def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, vision: ViTConfig) -> dict[str, Any]:
+def _bounds(
+    text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, shape: DualEncoderConfig | VLMConfig
+) -> dict[str, Any]:
     """Exchanges, and the seconds that each part of the machine would need alone; fields of a Plan.
 
     hbm_bytes: that a chip reads and writes at least.
@@ -244,13 +246,15 @@ def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, v
     for row in hlo.collectives(text):
         sent[row.kind] += row.sent_bytes
     cycles, kernel_seconds = 0, 0.0
+    head_dim = shape.language.head_dim if isinstance(shape, VLMConfig) else shape.text.width // shape.text.num_heads
+    head_dims = dict.fromkeys(KERNEL_SHARES, head_dim) | {"joint_attention_": shape.vision.head_dim}
     for label, opcode, line, trips in hlo.scheduled(text):
         if trips is None:
             raise hlo.UnreadableError(f"how often does the loop {label} run?")
         if estimated := re.findall(r'"?estimated_cycles"?:"?(\d+)', line):
             cycles += int(estimated[-1]) * trips
-        if opcode == "custom-call" and label.startswith("joint_attention_"):
-            kernel_seconds += trips * _kernel_seconds(label, line, vision, chip)
+        if opcode == "custom-call" and (name := next((name for name in KERNEL_SHARES if name in label), None)):
+            kernel_seconds += trips * _kernel_floor(label, line, head_dims[name], chip) / KERNEL_SHARES[name]
     return {
         "collectives": dict(sent),
         "bounds": {
@@ -262,19 +266,20 @@ def _bounds(text: str, flops: float, hbm_bytes: float, chip: Chip, mesh: Mesh, v
     }
 
 
-def _kernel_seconds(label: str, line: str, vision: ViTConfig, chip: Chip) -> float:
-    """Of a call of the towers' attention kernels, which the compiler does not estimate: its floor, by `KERNEL_SHARE`.
+def _kernel_floor(label: str, line: str, head_dim: int, chip: Chip) -> float:
+    """Least seconds of a call of an attention kernel, which the compiler does not estimate.
 
     Heads fill D columns of a matrix unit in one product of two (kernels/attention_tpu.py).
     """
-    shape = re.search(r"\[(\d+),(\d+),(\d+)\]", line)  # of the first result: [B, S, N * D]
+    shape = re.search(r"\[(\d+),(\d+),(\d+)(?:,(\d+))?\]", line)  # of the first result: [B, S, N * D] or [B, N, S, D]
     if shape is None:
         raise hlo.UnreadableError(f"cannot read the instruction {line[:200]}")
-    rows, tokens, width = map(int, shape.groups())
-    filled = min(vision.head_dim / chip.mxu_width, 1)
-    product = 2.0 * rows * (width // vision.head_dim) * tokens**2 * chip.mxu_width
+    rows, second, third = map(int, shape.groups()[:3])
+    heads, tokens = (second, third) if shape[4] else (third // head_dim, second)
+    filled = min(head_dim / chip.mxu_width, 1)
+    product = 2.0 * rows * heads * tokens**2 * max(chip.mxu_width, head_dim)
     products = 2 + 3 * filled if "backward" in label else 1 + filled
-    return product * products / chip.flops_per_second / KERNEL_SHARE
+    return product * products / chip.flops_per_second
 
 
 def main(arguments: Sequence[str]) -> None:
