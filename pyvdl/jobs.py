@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import re
 import shutil
 import struct
 import tempfile
@@ -52,6 +53,7 @@ _NONE = (None,) * len(_TEXTS)  # as most records have it
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
+_WORK_NAME = re.compile(r"\d{5,}-of-\d{5,}\.jsonl|\.\d{5,}-of-\d{5,}\.jsonl\.[0-9a-f]{32}")  # and one half written
 
 
 class Spill:
@@ -277,7 +279,7 @@ class _Planner:
         """Writes the lists and then, the job being one from there on, job.json."""
         work = self._folder / "work"
         work.make()
-        for name in work.names():  # of a job that was stopped before it was one
+        for name in filter(_WORK_NAME.fullmatch, work.names()):  # of a job that was stopped before it was one
             work.remove(name)
         with _scratch(self._folder) as scratch:
             columns, count = self._read(records, scratch)

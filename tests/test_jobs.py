@@ -231,6 +231,9 @@ def test_a_planning_that_was_killed_leaves_nothing_behind(tmp_path: Path) -> Non
         begin(tmp_path, stops())
     (tmp_path / ".planning-left").mkdir()
     (tmp_path / "work" / "00000-of-00099.jsonl").write_bytes(b"")
+    (tmp_path / "work" / f".00000-of-00099.jsonl.{uuid.uuid4().hex}").write_bytes(b"half")
+    (tmp_path / "work" / "notes.txt").write_text("of somebody who calls a folder so, too")
     begin(tmp_path, clips())
     assert sorted(p.name for p in tmp_path.iterdir()) == [JOB_FILE, "work"]
-    assert len(list((tmp_path / "work").iterdir())) == 8
+    assert len(list((tmp_path / "work").iterdir())) == 8 + 1
+    assert (tmp_path / "work" / "notes.txt").exists()
