@@ -188,6 +188,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                process_group=0,  # a terminal's Ctrl-C is the parent's to hear: it ends when the link is closed
             )
         self.link = Connection(ours.detach())
         try:

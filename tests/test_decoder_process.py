@@ -218,6 +218,30 @@ def test_the_child_loads_no_jax_and_ends_with_its_parent(tmp_path: Path, videos:
         time.sleep(0.05)
 
 
+def test_ctrl_c_is_heard_by_the_parent_alone(videos: list[Path]) -> None:
+    """A terminal sends it to all processes of the group that stands before it."""
+    code = f"""if True:
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from pyvdl.config import ClipConfig
+        from pyvdl.decoder_process import DecoderProcess
+        from pyvdl.video import ClipRequest
+        with DecoderProcess(ClipConfig(), batch_size=1, num_threads=1, prefetch=1, timeout_seconds=9) as decoder:
+            next(decoder.decode([[ClipRequest({str(videos[0])!r})]]))
+            try:
+                print("decoded", flush=True)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                time.sleep(0.5)  # in which a child that heard it would tell"""
+    asked: Any = dict(start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **asked) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "decoded\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
 def test_lengths_are_measured_whatever_hangs(videos: list[Path], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "hangs.mp4")
     (tmp_path / "bad.mp4").write_bytes(b"bad")
