@@ -164,7 +164,7 @@ def parse_object(text: str) -> dict[str, Any]:
 def parse_record(found: Mapping[str, Any], folder: str | os.PathLike[str]) -> Record:
     """The record of a manifest's object, with paths relative to `folder`; ValueError says what was expected."""
     # A manifest may have millions of lines: what is absent or as most lines have it costs next to nothing here.
-    for name in ("key", "video"):
+    for name in ("video", "key"):
         if not found.get(name):
             raise ValueError(f"{name!r} is missing: expected a non-empty string")
     for name in ("key", "video", "narrative", "alt_text", "label", "split", "group"):

@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +30,8 @@ _NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
 _PARQUET_ROWS = 1024  # at a time
 _MEASURED = 64  # clips at a time
 _CHUNK_BYTES = 1 << 20
+_REST = "\0"  # no column's name: fields behind the last one
+_PLAIN = frozenset({str, int, float, bool})  # of a Parquet file's values, most
 
 OnDamage = Callable[[DamagedArchive], None]
 
@@ -169,8 +173,11 @@ def _jsonl_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), restkey="")
+    lines = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), restkey=_REST)  # as Excel writes it, too
     try:
+        for column, times in Counter(lines.fieldnames or ()).items():
+            if times > 1 or not column:
+                raise ValueError(f"{name}: {times} columns are called {column!r}: give each a name of its own")
         for row in lines:
             yield lines.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
@@ -178,7 +185,7 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _typed(row: dict[str, Any]) -> dict[str, Any]:
-    if "" in row or None in row.values():
+    if _REST in row or None in row.values():
         raise ValueError("expected as many fields as the first line has names")
     found: dict[str, Any] = {name: value for name, value in row.items() if value != ""}
     for name in _NUMBERS:
@@ -204,11 +211,29 @@ def _parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, A
         raise ValueError(f"{name} is no Parquet file: {error}") from error
 
 
+def _json_values(row: dict[str, Any]) -> dict[str, Any]:
+    """The values that there are; dates, decimals and the like, which JSON has no kind for, become text."""
+    found = {name: value for name, value in row.items() if value is not None}
+    for name, value in found.items():
+        if type(value) not in _PLAIN:
+            try:
+                found[name] = json.loads(json.dumps(value, default=_text))
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        raise ValueError("holds bytes, which are not carried along: leave the column out")
+    return str(value.isoformat() if hasattr(value, "isoformat") else value)
+
+
 # Of each kind of manifest: its rows with the numbers of lines or rows, and what makes an object of one.
 _READERS: dict[str, tuple[Callable[..., Iterator[tuple[int, Any]]], Callable[[Any], dict[str, Any]]]] = {
     ".jsonl": (_jsonl_rows, lambda line: parse_object(line.decode("utf-8"))),
     ".csv": (_csv_rows, _typed),
-    ".parquet": (_parquet_rows, lambda row: {name: value for name, value in row.items() if value is not None}),
+    ".parquet": (_parquet_rows, _json_values),
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 
 from pyvdl.archives import DamagedArchive, Sample, write_archive
 from pyvdl.data import Record
+from pyvdl.jobs import open_job
 from pyvdl.manifests import Input
 from pyvdl.shots import Shots
+from pyvdl.storage import Folder
 from tests.clips import write_clip
 
 ROWS: list[dict[str, Any]] = [
@@ -61,6 +65,26 @@ def test_manifests_of_every_kind_list_the_same_clips(suffix: str, tmp_path: Path
     assert list(Input([f"{root}/*{suffix}"])) == wanted(root.replace("memory://", "memory:///"))
 
 
+def test_a_table_by_excel_has_a_mark_before_its_first_column(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("video,views\n/x/é.mp4,3\n", encoding="utf-8-sig")
+    assert list(Input([tmp_path / "m.csv"])) == [Record(key="/x/é.mp4", video="/x/é.mp4", extra={"views": "3"})]
+
+
+def test_columns_that_json_has_no_kind_for_are_carried_as_text(tmp_path: Path) -> None:
+    when, price = datetime(2026, 1, 2, 3), Decimal("1.50")
+    rows = [{"video": "/x/a.mp4", "when": when, "price": price, "seen": {"first": [when.date()]}, "bytes": None}]
+    wanted = {"when": "2026-01-02T03:00:00", "price": "1.50", "seen": {"first": ["2026-01-02"]}}
+    path = write(tmp_path / "m.parquet", rows)
+    (record,) = Input([path])
+    assert record.extra == wanted
+    job = open_job(Folder(tmp_path / "job"), {}, Input([path]), shard_size=1, format="parquet")
+    assert job.columns == {"when": "string", "price": "string", "seen": "json"}
+    assert job.work(0)[0].extra == wanted
+    write(path, [*rows, {"video": "/x/b.mp4", "bytes": b"picture"}])
+    with pytest.raises(ValueError, match=r"m\.parquet:2: bytes holds bytes, which are not carried along: leave"):
+        list(Input([path]))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -68,7 +92,9 @@ def test_manifests_of_every_kind_list_the_same_clips(suffix: str, tmp_path: Path
         ("m.jsonl", "\nnonsense\n", r"m\.jsonl:2: expected one JSON object"),
         ("m.csv", "video,start_seconds\na.mp4,soon\n", r"m\.csv:2: start_seconds is 'soon': expected a number"),
         ("m.csv", "video,key\na.mp4\n", r"m\.csv:2: expected as many fields"),
-        ("m.csv", "path\na.mp4\n", r"m\.csv:2: 'key' is missing"),
+        ("m.csv", "path\na.mp4\n", r"m\.csv:2: 'video' is missing"),
+        ("m.csv", "video,key,key\na.mp4,1,2\n", r"m\.csv: 2 columns are called 'key': give each a name of its own"),
+        ("m.csv", ",video\n0,a.mp4\n", r"m\.csv: 1 columns are called '': give each a name"),
         ("m.parquet", "no", r"m\.parquet is no Parquet file"),
     ],
 )
