@@ -68,7 +68,7 @@ class Input:
 
     def _read(self) -> Iterator[Record]:
         for file in self._files:
-            suffix = os.path.splitext(file)[1].lower()
+            suffix = _suffix(file)
             if suffix == ".tar":
                 yield from self._read_tar(file)
             elif suffix in MANIFESTS:
@@ -81,7 +81,7 @@ class Input:
         shortest = None if self._shots is None else self._shots.min_seconds
         digest = hashlib.sha256(f"{self._window_seconds}\0{shortest}\0".encode())
         for file in self._files:
-            suffix = os.path.splitext(file)[1].lower()
+            suffix = _suffix(file)
             digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
             if suffix in MANIFESTS:
                 with open_binary(file) as manifest:
@@ -136,14 +136,22 @@ def _files(path: str) -> list[str]:
             return expand(path)
         found = sorted(system.unstrip_protocol(name) for name in system.ls(inner, detail=False))
     elif not os.path.isdir(path):
-        return expand(path)
+        named = expand(path)
+        for name in named:  # a video may have vanished, and costs its row; a folder may not
+            if _suffix(name) not in VIDEO_SUFFIXES | {".tar", *MANIFESTS} and not os.path.exists(name):
+                raise ValueError(f"{name}: no such file or folder")
+        return named
     else:
         found = sorted(entry.path for entry in os.scandir(path))
-    chosen = [name for name in found if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES | {".tar"}]
+    chosen = [name for name in found if _suffix(name) in VIDEO_SUFFIXES | {".tar"}]
     if not chosen:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
         raise ValueError(f"{path}: no video and no tar in this folder (suffixes .tar {suffixes})")
     return chosen
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def _stamp(file: str) -> str:

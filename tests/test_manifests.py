@@ -115,6 +115,8 @@ def test_folders_patterns_and_videos(tmp_path: Path) -> None:
         Input([tmp_path / "empty"])
     with pytest.raises(ValueError, match="no such file"):
         Input([f"{tmp_path}/*.avi"])
+    with pytest.raises(ValueError, match="vidoes: no such file or folder"):
+        Input([tmp_path / "vidoes"])
     root = f"memory://{uuid.uuid4().hex}"
     for name in ("b.mp4", "notes.txt"):
         fsspec.open(f"{root}/{name}", "wb").open().close()
