@@ -23,7 +23,8 @@ from typing import Any, Self
 
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
-from pyvdl.jobs import Job, load_job, open_job
+from pyvdl.jobs import Job, is_listed, load_cuts, load_job, open_cuts, open_job
+from pyvdl.manifests import Cut
 from pyvdl.pipeline import JobSummary, Maker, Tally, run_shards, summary
 from pyvdl.progress import Report
 from pyvdl.rows import Counts, Format, Row
@@ -61,8 +62,10 @@ class Worker:
     Made by Ray, in a process that may end at any time; `start` and `work_on` are called in several threads.
     """
 
-    def __init__(self, load: Callable[[], Maker], out: str, decoding: Mapping[str, Any]) -> None:
-        self._load, self._out, self._decoding = load, out, decoding
+    def __init__(
+        self, load: Callable[[], Maker], out: str, decoding: Mapping[str, Any], cut: Cut | None = None
+    ) -> None:
+        self._load, self._out, self._decoding, self._cut = load, out, decoding, cut
         self._lock = threading.Lock()
         self._maker: Maker | None = None
         self._job: Job | None = None
@@ -93,6 +96,18 @@ class Worker:
         task = _Task(shard, Future())
         self._asked.put(task)
         return task.done.result()
+
+    def cut(self, shard: int) -> Share:
+        """Cuts the clips of a list and writes their parts, one list at a time; raises what `work_on` does."""
+        assert self._cut is not None
+        with self._lock:
+            job = load_cuts(Folder(self._out))
+            parts = list(self._cut(job.work(shard)))
+            try:
+                job.finish_parts(shard, parts)
+            except OSError as error:
+                raise UnwrittenShard(str(error)) from error
+        return Share(counts=Counts(job.size(shard)), tokens=0, wait_seconds=0.0)
 
     def _new_decoder(self) -> DecoderProcess:
         assert self._maker is not None
@@ -175,6 +190,7 @@ def run_on_cluster(
     prefetch: int = 2,
     timeout_seconds: float = 60.0,
     input_sha256: str | None = None,
+    cut: Cut | None = None,
     progress: Report | None = None,
 ) -> JobSummary:
     """Does with the workers of a Ray cluster what `pyvdl.pipeline.run_job` does; the same call again resumes.
@@ -195,8 +211,15 @@ def run_on_cluster(
     folder = Folder(out if is_url(out) else os.path.abspath(out))
     folder.make()
     decoding = {"num_threads": num_threads, "prefetch": prefetch, "timeout_seconds": timeout_seconds}
-    with hold(folder), _connected(ray), _Pool(ray, workers, needs or {}, (load, folder.name, decoding)) as pool:
+    with hold(folder), _connected(ray), _Pool(ray, workers, needs or {}, (load, folder.name, decoding, cut)) as pool:
         recipe = pool.recipe()
+        if cut is not None and not is_listed(folder, input_sha256):
+            cuts = open_cuts(folder, cut.recipe(), records, input_sha256)
+            uncut = pool.run(cuts, cuts.missing(), progress)
+            if uncut:
+                again = _reasons(", the same command tries them again: ", uncut)
+                raise RuntimeError(f"{len(uncut)} of {cuts.shards} lists of clips could not be cut{again}")
+            records = cuts.parts()
         listing = {"kind": recipe["kind"], "shard_size": shard_size, "format": format, "input_sha256": input_sha256}
         job = open_job(folder, recipe, records, **listing)
         todo = job.missing()
@@ -248,7 +271,8 @@ class _Pool:
         return self._recipe
 
     def run(self, job: Job, shards: Sequence[int], progress: Report | None) -> dict[int, str]:
-        """Has the shards done; returns those that failed, and why."""
+        """Has the shards done; returns those that failed, and why. Of a job of parts that is to cut them."""
+        self._call = "cut" if job.kind == "parts" else "work_on"
         waiting = deque(shards)
         left, total = len(shards), sum(map(job.size, shards))
         failed: dict[int, str] = {}
@@ -281,7 +305,8 @@ class _Pool:
                     tried[shard] = worker
                     waiting.append(shard)
             if progress is not None:
-                progress(tally.counts.rows, total, f"{self._note(failed)}, {tally.note()}")
+                what = "cutting clips" if job.kind == "parts" else tally.note()
+                progress(tally.counts.rows, total, f"{self._note(failed)}, {what}")
         return failed
 
     def _note(self, failed: Mapping[int, str]) -> str:
@@ -303,7 +328,7 @@ class _Pool:
             self._ask(next(iter(self._ready)), waiting.popleft())
 
     def _ask(self, worker: int, shard: int) -> None:
-        self._asked[self._actors[worker].work_on.remote(shard)] = worker, shard
+        self._asked[getattr(self._actors[worker], self._call).remote(shard)] = worker, shard
 
     def _begin(self, barren: int) -> None:
         """Asks Ray for a worker, which is made when there is a place, and the worker to say when it is ready."""

@@ -50,6 +50,8 @@ _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
 _TEXTS = ("narrative", "alt_text", "label", "split", "group")  # of a record
 _texts_of = operator.attrgetter(*_TEXTS)
 _NONE = (None,) * len(_TEXTS)  # as most records have it
+_CUTS = "cuts"
+_CUT_AT_ONCE = 100  # clips; few, so that little is lost where cutting stops
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
@@ -136,7 +138,7 @@ class Job:
         data = lists.read(name)
         if _digest(data) != self.digests[shard]:
             raise ValueError(f"{lists.name}/{name} is not what the job wrote: restore it, or begin anew")
-        return list(map(_record, json.loads(b"[" + data[:-1].replace(b"\n", b",") + b"]")))  # fewer calls than by lines
+        return _records(data)
 
     def missing(self) -> list[int]:
         """The shards that nobody has finished."""
@@ -146,6 +148,15 @@ class Job:
     def finish(self, shard: int, rows: Sequence[Row]) -> None:
         """Writes the rows of a shard; it is done then. Twice does no harm: it is the same file."""
         self.folder.write(self._name(shard), encode_shard(rows, self.format, self.columns))
+
+    def finish_parts(self, shard: int, parts: Iterable[Record]) -> None:
+        """Writes what the clips of a shard were cut into, where that is the job; the shard is done then."""
+        self.folder.write(self._name(shard), b"".join(_line(part, part.video) + b"\n" for part in parts))
+
+    def parts(self) -> Iterator[Record]:
+        """Of all clips."""
+        for shard in range(self.shards):
+            yield from _records(self.folder.read(self._name(shard)))
 
     def captions(self, shard: int) -> list[CaptionRow]:
         """The rows of a finished shard, in the order of its clips."""
@@ -240,9 +251,31 @@ def open_job(
     found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
     refuse_another(folder.name, found.get("recipe", {}), asked)
     job = load_job(folder)
-    if input_sha256 is None or found["input_sha256"] != input_sha256:
+    if not is_listed(folder, input_sha256):
         _Planner(folder, asked, shard_size).compare(records, job)
     return job
+
+
+def is_listed(folder: Folder, input_sha256: str | None) -> bool:
+    """Whether the job in a folder, if there is one, has listed the clips that this stands for."""
+    if input_sha256 is None or not folder.exists(JOB_FILE):
+        return False
+    return read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}").get("input_sha256") == input_sha256
+
+
+def open_cuts(folder: Folder, recipe: Mapping[str, Any], records: Iterable[Record], input_sha256: str | None) -> Job:
+    """What has to be done before a job in this folder on the parts of long clips: to cut these, in a job beside it.
+
+    Its shards are lists of clips, and then of their parts, so that they are cut by many and no clip twice. recipe: all
+    that the parts depend on besides the clips.
+    """
+    options: dict[str, Any] = {"shard_size": _CUT_AT_ONCE, "format": "jsonl", "kind": "parts"}
+    return open_job(folder / _CUTS, recipe, records, input_sha256=input_sha256, **options)
+
+
+def load_cuts(folder: Folder) -> Job:
+    """What `open_cuts` has opened."""
+    return load_job(folder / _CUTS)
 
 
 def load_job(folder: Folder) -> Job:
@@ -250,6 +283,10 @@ def load_job(folder: Folder) -> Job:
     try:
         found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
     except FileNotFoundError:
+        if (folder / _CUTS).exists(JOB_FILE):
+            cuts = load_cuts(folder)
+            cut = f"{cuts.shards - len(cuts.missing())} of {cuts.shards} lists of long clips are cut"
+            raise ValueError(f"{folder.name}: {cut}, the job begins when all are") from None
         raise ValueError(f"{folder.name} holds no job, or one whose clips are not listed yet") from None
     try:
         return Job(
@@ -412,6 +449,10 @@ def _line(record: Record, video: str) -> bytes:
     if record.extra:
         values["extra"] = dict(record.extra)
     return json.dumps(values).encode()
+
+
+def _records(lines: bytes) -> list[Record]:
+    return list(map(_record, json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")))  # fewer calls than by lines
 
 
 def _record(values: dict[str, Any]) -> Record:

@@ -36,6 +36,26 @@ _PLAIN = frozenset({str, int, float, bool})  # of a Parquet file's values, most
 OnDamage = Callable[[DamagedArchive], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Cuts clips: into windows, see `cut`, or where a shot ends and into windows only where a shot is longer than these
+    (equal parts). What becomes of a clip does not depend on the others."""
+
+    window_seconds: float | None = None
+    shots: Shots | None = None
+
+    def __call__(self, records: Iterable[Record]) -> Iterator[Record]:
+        if self.shots is not None:
+            return cut_at_shots(measured(records), self.shots, self.window_seconds)
+        assert self.window_seconds is not None
+        return cut(records, self.window_seconds)
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the parts depend on besides the clips."""
+        shortest = None if self.shots is None else self.shots.min_seconds
+        return {"window_seconds": self.window_seconds, "min_shot_seconds": shortest}
+
+
 class Input:
     """The clips that `paths` list, to be read as often as wanted.
 
@@ -45,8 +65,7 @@ class Input:
     relative video is relative to its manifest.
 
     on_damage: is told of each damaged tar, of which the whole samples are taken; without it that is an error.
-    window_seconds: cuts each clip into windows, see `cut`.
-    shots: cuts each clip where a shot ends, and into windows only where a shot is longer than these (equal parts).
+    window_seconds, shots: how each clip is cut, see `Cut`; None for both leaves them as they are.
     """
 
     def __init__(
@@ -58,15 +77,14 @@ class Input:
     ) -> None:
         self._files = [file for path in paths for file in _files(os.fspath(path))]
         self._on_damage = on_damage
-        self._window_seconds = window_seconds
-        self._shots = shots
+        whole = window_seconds is None and shots is None
+        self.cut = None if whole else Cut(window_seconds=window_seconds, shots=shots)
 
     def __iter__(self) -> Iterator[Record]:
-        if self._shots is not None:
-            return cut_at_shots(measured(self._read()), self._shots, self._window_seconds)
-        return self._read() if self._window_seconds is None else cut(self._read(), self._window_seconds)
+        return self.uncut() if self.cut is None else self.cut(self.uncut())
 
-    def _read(self) -> Iterator[Record]:
+    def uncut(self) -> Iterator[Record]:
+        """The clips as they are listed."""
         for file in self._files:
             suffix = _suffix(file)
             if suffix == ".tar":
@@ -78,8 +96,8 @@ class Input:
 
     def sha256(self) -> str:
         """Stands for all clips listed: names, contents of manifests, sizes and times of tars."""
-        shortest = None if self._shots is None else self._shots.min_seconds
-        digest = hashlib.sha256(f"{self._window_seconds}\0{shortest}\0".encode())
+        window, shortest = (None, None) if self.cut is None else self.cut.recipe().values()
+        digest = hashlib.sha256(f"{window}\0{shortest}\0".encode())
         for file in self._files:
             suffix = _suffix(file)
             digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())

@@ -23,10 +23,12 @@ from pyvdl.caption import Captioner, Decoded, clip_request
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
-from pyvdl.jobs import Job, load_job, open_job
+from pyvdl.jobs import Job, is_listed, load_cuts, load_job, open_cuts, open_job
+from pyvdl.manifests import Cut
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
 from pyvdl.rows import Counts, Format, Row, RowKind
+from pyvdl.sharding import meet
 from pyvdl.storage import Folder, hold, refuse_another
 from pyvdl.tokenizers import Tokenizer
 
@@ -177,6 +179,7 @@ def run_job(
     prefetch: int = 2,
     timeout_seconds: float = 60.0,
     input_sha256: str | None = None,
+    cut: Cut | None = None,
     progress: Report | None = None,
 ) -> JobSummary:
     """Captions or embeds `records` into `out/captions-00000-of-00004.parquet`, or embeddings-..., and so on; the same
@@ -185,23 +188,26 @@ def run_job(
     A shard appears whole or not at all, a finished one is not touched again. `out/job.json` holds what was asked for:
     a call with other settings, another model or other records is refused with the difference, and so is a second one
     while the first runs. `load` is called once the folder is known to be ours and fit to be written into.
-    timeout_seconds is for one clip, input_sha256 see `open_job`.
+    timeout_seconds is for one clip, input_sha256 see `open_job`. cut: captions or embeds the parts that it makes of
+    `records`; it is done first, in `out/cuts`, and goes on where it stopped, too.
 
-    Of several processes (`pyvdl.sharding.join`) each takes every so-many-th shard, on its own devices: the first lists
-    the clips, and then none waits for another until the end. They may be more or fewer when the job goes on.
+    Of several processes (`pyvdl.sharding.join`) each takes every so-many-th list of what is cut and every so-many-th
+    shard, on its own devices. The first one lists the clips; all meet once these are listed, cut, and done. They may be
+    more or fewer when the job goes on.
     """
     folder = Folder(out)
     folder.make()
     index, count = jax.process_index(), jax.process_count()
     listing: dict[str, Any] = {"shard_size": shard_size, "format": format, "input_sha256": input_sha256}
-    with hold(folder) if index == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        _first(lambda: held.enter_context(hold(folder)))
         maker = load()
         recipe = maker.recipe()
-
-        def opened() -> Job:
-            return open_job(folder, recipe, records, kind=maker.kind, **listing)
-
-        job = opened() if count == 1 else _open_together(folder, recipe, opened)
+        if cut is not None and _first(lambda: not is_listed(folder, input_sha256)):
+            records = _cut(folder, records, cut, input_sha256, progress)
+        _first(lambda: open_job(folder, recipe, records, kind=maker.kind, **listing))
+        job = load_job(folder)
+        refuse_another(folder.name, dict(job.recipe), dict(job.recipe) | dict(recipe))
         todo = job.missing()
         own = [shard for shard in todo if shard % count == index]
         waiting = sum(job.size(shard) for shard in own)
@@ -223,25 +229,41 @@ def run_job(
                 writes.append(disk.submit(job.finish, shard, rows))
             for write in writes:
                 write.result()
-        if count > 1:
-            multihost_utils.sync_global_devices("job done")
+        meet("all shards are done")
         counts = job.counts(range(job.shards))
     return summary(job, counts, len(todo))
 
 
-def _open_together(folder: Folder, recipe: Mapping[str, Any], opened: Callable[[], Job]) -> Job:
-    """The job, once the first process has listed its clips; that is all that processes wait for but the end."""
+def _cut(
+    folder: Folder, records: Iterable[Record], cut: Cut, input_sha256: str | None, progress: Report | None
+) -> Iterator[Record]:
+    """The parts of `records`: each process cuts every so-many-th list of clips, but for those that are cut already."""
+    _first(lambda: open_cuts(folder, cut.recipe(), records, input_sha256))
+    job = load_cuts(folder)
+    own = [shard for shard in job.missing() if shard % jax.process_count() == jax.process_index()]
+    done, waiting = 0, sum(map(job.size, own))
+    for shard in own:
+        if progress is not None:
+            progress(done, waiting, "cutting clips")
+        job.finish_parts(shard, cut(job.work(shard)))
+        done += job.size(shard)
+    meet("clips are cut")
+    return job.parts()
+
+
+def _first(act: Callable[[], object]) -> bool:
+    """Whether `act`, called in the first process alone, gave something; where it failed there, all processes fail."""
     failure: Exception | None = None
+    found = False
     if jax.process_index() == 0:
         try:
-            opened()
-        except (ValueError, OSError, ImportError) as error:
+            found = bool(act())
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             failure = error
-    good = multihost_utils.broadcast_one_to_all(np.int32(failure is None))
+    meet("the first process is done")
+    told = multihost_utils.broadcast_one_to_all(np.int32(-1 if failure else found))
     if failure is not None:
         raise failure
-    if not good:
+    if told < 0:
         raise RuntimeError("the first process could not begin the job: it tells why")
-    job = load_job(folder)
-    refuse_another(folder.name, dict(job.recipe), dict(job.recipe) | dict(recipe))
-    return job
+    return bool(told)

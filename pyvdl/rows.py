@@ -22,9 +22,13 @@ from pyvdl.sources import is_url
 from pyvdl.storage import Folder, read_object
 
 Format = Literal["parquet", "jsonl"]
-RowKind = Literal["captions", "embeddings"]  # what the rows of a job hold
+RowKind = Literal["captions", "embeddings", "parts"]  # what the rows of a job hold; parts are records, see `open_cuts`
 Kind = Literal["bool", "int", "float", "string", "strings", "json"]  # of the values of a carried column
-FORMATS: Mapping[RowKind, tuple[Format, ...]] = {"captions": ("parquet", "jsonl"), "embeddings": ("parquet",)}
+FORMATS: Mapping[RowKind, tuple[Format, ...]] = {
+    "captions": ("parquet", "jsonl"),
+    "embeddings": ("parquet",),
+    "parts": ("jsonl",),
+}
 JOB_FILE = "job.json"  # beside the shards: what was asked for
 _SHARD_NAME = re.compile(r"captions-(\d{5,})-of-(\d{5,})\.(parquet|jsonl)")
 _COLUMNS = b"pyvdl.columns"  # keys of a Parquet file's own metadata

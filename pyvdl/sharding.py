@@ -9,6 +9,7 @@ run in `jax.shard_map` over the mesh that `jax.set_mesh` set, see `space_time_at
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ _LOGICAL = {
     "projection": ("embed", None),
 }
 _PIECE_BYTES = 64 << 20
+_MEETING_MS = 365 * 86400 * 1000  # no limit
+_meetings = itertools.count()  # a name is good for one
 # Products with matrices split so need no sum over "tensor" but one after `out` and one after `down`.
 _RULES = {"embed": "fsdp", "heads": TENSOR_AXIS, "mlp": TENSOR_AXIS, "vocabulary": TENSOR_AXIS}
 
@@ -68,6 +71,18 @@ def join() -> None:
             jax.distributed.initialize(address, count, number)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"no other processes to join ({error}); set {', '.join(names)}") from error
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are here, however long that takes; all call it the same number of times.
+
+    Before a collective of processes that come at different times: those give up on the others, the first one on CPUs
+    after 30 seconds and on GPUs after 10 minutes. It ends, too, when JAX's heartbeats say that one of them is gone.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint.multihost import get_barrier_sync_fn
+
+        get_barrier_sync_fn()(key=f"pyvdl {next(_meetings)} {name}", timeout_ms=_MEETING_MS)
 
 
 def place(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 
-from pyvdl import cluster
+from pyvdl import cluster, jobs
 from pyvdl.__main__ import main
 from pyvdl.caption import Captioner
 from pyvdl.checkpoint import save_model
 from pyvdl.cluster import Share, UnwrittenShard, Worker, run_on_cluster
 from pyvdl.data import Record, write_manifest
 from pyvdl.jobs import Job, open_job
-from pyvdl.pipeline import JobSummary, caption_job
+from pyvdl.manifests import Cut
+from pyvdl.pipeline import JobSummary, caption_job, run_job
 from pyvdl.storage import Folder
 from tests.clips import write_clip
 from tests.cluster_workers import DRAWING, POISON, WORDS, absent, deadly, dying, frail
+from tests.job_processes import Free
 from tests.models import tiny_vlm
 
 FILES, EACH, SHARD = 12, 3, 4
@@ -147,6 +149,26 @@ def replaced(captioner: Captioner) -> Captioner:
     other = copy.copy(captioner)
     other.seed = 4
     return other
+
+
+def test_long_clips_are_cut_by_the_workers(
+    ray: Any, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_CUT_AT_ONCE", 3)
+    options: dict[str, Any] = dict(cut=Cut(window_seconds=0.2), shard_size=SHARD)
+    run_job(Free, records[:9], tmp_path / "alone", **options)
+    notes = []
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        notes.append((total, note))
+
+    done = run_on_cluster(Free, records[:9], tmp_path / "out", workers=2, progress=progress, **options)
+    assert (done.rows, done.failed) == (18, 6)
+    assert notes[0][0] == 9
+    assert notes[0][1].endswith("of 2 workers, cutting clips")
+    wanted = shards(tmp_path / "alone")
+    assert len(wanted) == 5
+    assert shards(tmp_path / "out") == wanted
 
 
 def test_a_job_that_cannot_begin_says_why(ray: Any, records: list[Record], tmp_path: Path) -> None:

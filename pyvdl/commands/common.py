@@ -172,13 +172,14 @@ def asked_job(arguments: argparse.Namespace, load: Callable[[argparse.Namespace]
     with reporting(arguments.verb, enabled=first) as report:
         done = run(
             partial(load, arguments),
-            asked,
+            asked.uncut(),
             arguments.out,
             shard_size=arguments.shard_size,
             format=format,
             num_threads=arguments.num_threads,
             timeout_seconds=arguments.timeout_seconds,
             input_sha256=asked.sha256() if first else None,
+            cut=asked.cut,
             progress=report,
         )
     print(

@@ -160,7 +160,7 @@ def add_cuts(p: ArgumentParser) -> None:
         choices=("windows", "shots"),
         default="windows",
         help="shots: cut where a shot ends, and shots longer than --window-seconds into equal parts. All of each\n"
-        "clip is decoded for that before captioning begins (default: windows)",
+        "clip is decoded for that before captioning begins, by all processes or workers (default: windows)",
     )
     group.add_argument(
         "--min-shot-seconds",
