@@ -55,6 +55,7 @@ _CUT_AT_ONCE = 100  # clips; few, so that little is lost where cutting stops
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
+_HALF_WRITTEN = re.compile(r"\.(captions|embeddings|parts)-\d{5,}-of-\d{5,}\.(parquet|jsonl)\.[0-9a-f]{32}")
 _WORK_NAME = re.compile(r"\d{5,}-of-\d{5,}\.jsonl|\.\d{5,}-of-\d{5,}\.jsonl\.[0-9a-f]{32}")  # and one half written
 
 
@@ -250,6 +251,8 @@ def open_job(
         return _Planner(folder, asked, shard_size).write(records, input_sha256)
     found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
     refuse_another(folder.name, found.get("recipe", {}), asked)
+    for name in filter(_HALF_WRITTEN.fullmatch, names):  # by a process that was killed
+        folder.remove(name)
     job = load_job(folder)
     if not is_listed(folder, input_sha256):
         _Planner(folder, asked, shard_size).compare(records, job)

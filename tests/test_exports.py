@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -85,6 +86,10 @@ def test_a_folder_of_videos(job: Job, tmp_path: Path) -> None:
     found = json.loads(line)
     assert (found["key"], found["captions"], found["views"]) == ("a/1.0", ["likely", "likelier"], 7)
     assert (folder / found["file_name"]).read_bytes() == b"a.mp4" * 10
+    read = datasets.load_dataset("videofolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert read.remove_columns("video").to_list() == [
+        {name: value for name, value in found.items() if name not in ("file_name", "video")}
+    ]
 
 
 def test_an_archive_of_embeddings_is_made_in_little_more_than_its_memory(tmp_path: Path) -> None:

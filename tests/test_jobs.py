@@ -138,10 +138,14 @@ def test_the_same_call_goes_on(where: str, tmp_path: Path) -> None:
     for shard in (0, 3):
         job.finish(shard, [row(record) for record in job.work(shard)])
     before = (folder.read(JOB_FILE), (folder / "work").names())
+    for left in (half := f".captions-00001-of-00008.jsonl.{uuid.uuid4().hex}", ".notes"):
+        folder.write(left, b"half")
     again = begin(folder, records)  # compared clip by clip
     unread: Any = None
     assert begin(folder, unread, input_sha256="i") == again == dataclasses.replace(job, folder=again.folder)
     assert again.missing() == [1, 2, 4, 5, 6, 7]
+    assert half not in folder.names()
+    assert ".notes" in folder.names()
     assert (folder.read(JOB_FILE), (folder / "work").names()) == before
     for shard in again.missing():
         again.finish(shard, [row(record) for record in again.work(shard)])
