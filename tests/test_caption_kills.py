@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,21 @@ def test_two_processes_write_what_one_does_killed_or_not(
         "job.json",
         "work",
     ]
+
+
+def test_sigterm_ends_a_job_that_joined_others(scene: Scene, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    more = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    (process,) = start(scene, tmp_path, options=["--distributed"], more=more)
+    while not (tmp_path / "job.json").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.002)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM
+    assert shards(tmp_path).items() < undisturbed.items()
 
 
 def test_a_job_over_damaged_files_ends_with_a_row_for_every_clip(scene: Scene, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -168,6 +169,8 @@ def asked_job(arguments: argparse.Namespace, load: Callable[[argparse.Namespace]
         run = run_job
         if arguments.distributed:
             join()
+            # JAX takes it as a notice that a training heeds. A job would go on: it loses nothing where it ends.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         first = jax.process_index() == 0
     with reporting(arguments.verb, enabled=first) as report:
         done = run(
