@@ -171,7 +171,7 @@ class Job:
         """Rows and failures of these finished shards."""
         counts = Counts()
         for shard in shards:
-            counts += count_shard(self.folder, self._name(shard))
+            counts += Counts(self.size(shard)) if self.kind == "parts" else count_shard(self.folder, self._name(shard))
         return counts
 
     def finished(self, shards: Iterable[int]) -> list[tuple[float, int]]:
@@ -289,7 +289,7 @@ def load_job(folder: Folder) -> Job:
         if (folder / _CUTS).exists(JOB_FILE):
             cuts = load_cuts(folder)
             cut = f"{cuts.shards - len(cuts.missing())} of {cuts.shards} lists of long clips are cut"
-            raise ValueError(f"{folder.name}: {cut}, the job begins when all are") from None
+            raise ValueError(f"{folder.name}: {cut} ({cuts.folder.name}), the job begins when all are") from None
         raise ValueError(f"{folder.name} holds no job, or one whose clips are not listed yet") from None
     try:
         return Job(
