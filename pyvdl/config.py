@@ -22,7 +22,7 @@ Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 class ViTConfig:
     """A vision transformer over one frame or over a clip."""
 
-    image_size: int = 224  # pixels, square
+    image_size: int = 224  # pixels, square; those right and below of the last whole patch are not seen
     patch_size: int = 14
     width: int = 1024
     depth: int = 24
@@ -51,8 +51,8 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "num_frames")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.attention == "factorised" and self.num_heads % 2:

@@ -67,9 +67,9 @@ def test_a_wrong_override_names_what_is_wanted(assignment: str, says: str) -> No
 
 
 def test_an_override_cannot_make_an_impossible_model() -> None:
-    with pytest.raises(ValueError, match="image_size 100 is not a multiple of patch_size 14"):
-        override(ViTConfig(), ["image_size=100"])
-    assert override(ViTConfig(), ["image_size=100", "patch_size=10"]).num_patches == 100
+    with pytest.raises(ValueError, match="image_size 10 is below patch_size 14"):
+        override(ViTConfig(), ["image_size=10"])
+    assert override(ViTConfig(), ["image_size=10", "patch_size=5"]).num_patches == 4
 
 
 @pytest.mark.parametrize(

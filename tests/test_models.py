@@ -71,6 +71,8 @@ def test_patches_are_squares_in_reading_order() -> None:
     patches = patchify(jnp.asarray(image), 2)
     assert patches.shape == (1, 6, 12)
     np.testing.assert_array_equal(patches[0, 4], image[0, 2:4, 2:4].ravel())
+    wider = np.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0)))  # less than a patch more is cut off
+    np.testing.assert_array_equal(patchify(jnp.asarray(wider), 2), patches)
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -18,10 +18,15 @@ from .layers import Block, Mixer, Stack, space_time_attention
 
 
 def patchify(frames: Array, patch_size: int) -> Array:
-    """[B, H, W, 3] -> [B, P, patch_size * patch_size * 3], patches in reading order."""
+    """[B, H, W, 3] -> [B, P, patch_size * patch_size * 3], patches in reading order.
+
+    What is left right and below of whole patches is cut off, as by the convolution of published models: SigLIP So400m
+    has patches of 14 and images of 384.
+    """
     batch, height, width, channels = frames.shape
     rows, columns = height // patch_size, width // patch_size
-    x = frames.reshape(batch, rows, patch_size, columns, patch_size * channels)
+    whole = frames[:, : rows * patch_size, : columns * patch_size]
+    x = whole.reshape(batch, rows, patch_size, columns, patch_size * channels)
     return x.swapaxes(2, 3).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 

@@ -143,11 +143,12 @@ TINY = {
         pad=1,
         dtype=HALF,
     ),
-    # As SigLIP 2's giant: the text tower is narrower than the image tower, and projected.
+    # As SigLIP 2's giant: the text tower is narrower than the image tower, and projected. Images as So400m's of 384
+    # pixels: the last ones are not enough for a patch.
     "siglip2": Case(
         family="siglip",
         config={
-            "vision_config": _tower(24, 6, 72, 2, 88),
+            "vision_config": _tower(27, 6, 72, 2, 88),
             "text_config": _text(GEMMA_VOCAB, 12, 40, 2, 48, 3, projection_size=72),
         },
         vocab=GEMMA_VOCAB,
