@@ -17,10 +17,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pyvdl.config import DualEncoderConfig, T5Config, TextTowerConfig, ViTConfig
-from pyvdl.models import T5, DualEncoder, load_pretrained, save_pretrained
+from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig
+from pyvdl.models import T5, DualEncoder, load_pretrained, save_pretrained, weight_configs
 from pyvdl.models.vit import patchify, resample_patches, resample_positions
 
+GOLDEN = Path(__file__).parent / "parity" / "golden"
 VISION = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48, dtype="float32")
 TEXT = TextTowerConfig(vocab_size=60, context_length=8, width=24, depth=3, num_heads=2, mlp_dim=40, dtype="float32")
 CLIP = DualEncoderConfig(
@@ -123,6 +124,7 @@ def test_openai_names_and_settings(clip: tuple[DualEncoder, Path], tmp_path: Pat
     renamed |= {new: arrays[old] for new, old in pairs.items()}
     renamed["visual.proj"] = np.ascontiguousarray(arrays["visual_projection.weight"].T)
     renamed["text_projection"] = np.ascontiguousarray(arrays["text_projection.weight"].T)
+    renamed |= {name: np.array(8) for name in ("input_resolution", "context_length", "vocab_size")}  # in OpenAI's files
     save_file(renamed, tmp_path / "open_clip_model.safetensors")
     settings: dict[str, Any] = {
         "model_cfg": {"quick_gelu": True, "vision_cfg": {"head_width": 16}, "text_cfg": {"heads": 2}},
@@ -155,6 +157,42 @@ def test_all_faults_are_told_at_once(clip: tuple[DualEncoder, Path], tmp_path: P
     assert "position_ids" not in text
 
 
+def test_arrays_that_settings_are_read_from_are_told_at_once(tmp_path: Path) -> None:
+    """Where there is no config.json, or it says too little."""
+    arrays = load_file(GOLDEN / "clip-openai-open-clip" / "open_clip_model.safetensors")
+    for name in ("visual.conv1.weight", "text_projection"):
+        del arrays[name]
+    arrays["positional_embedding"] = np.zeros(3, np.float32)
+    save_file(arrays, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=r"missing visual.conv1.*; missing text_projection; pos.* is \[3\], which"):
+        load_pretrained(tmp_path)
+    for name, lost in (("siglip", ("img/pos_embedding", "txt/head/kernel")), ("paligemma", ("llm/layers/mlp/linear",))):
+        with np.load(GOLDEN / f"{name}-big-vision.npz") as file:
+            kept = {key: array for key, array in file.items() if not key.endswith(lost)}
+        np.savez(tmp_path / "model.npz", **kept)
+        with pytest.raises(ValueError, match=rf"model\.npz: {'; '.join(f'missing {key}' for key in lost)}"):
+            load_pretrained(tmp_path / "model.npz")
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes() -> None:
+    """Settings at their defaults are left out by several of its versions."""
+    found = weight_configs.paligemma({"text_config": {"model_type": "gemma2"}, "vision_config": {}}, {}, "float32")
+    language = GemmaConfig(
+        vocab_size=256_000, width=2304, depth=26, num_heads=8, num_kv_heads=4, head_dim=256, mlp_dim=9216,
+        post_norms=True, attention_softcap=50.0, final_softcap=30.0, window=4096, query_scale=1 / 16, dtype="float32",
+    )  # fmt: skip
+    assert found.language == language
+    first = weight_configs.paligemma({"text_config": {"num_key_value_heads": 1}, "vision_config": {}}, {}, "float32")
+    assert isinstance(first.language, GemmaConfig)
+    assert (first.language.width, first.language.num_heads, first.language.num_kv_heads) == (3072, 16, 1)
+    old = {
+        "text_config": {"hidden_act": "quick_gelu"},
+        "text_config_dict": {"hidden_act": "gelu"},
+        "vision_config": None,
+    }
+    assert weight_configs.clip({"vision_config": None, **old}, {}, "float32").text.activation == "gelu"
+
+
 def test_what_is_no_checkpoint_is_refused(clip: tuple[DualEncoder, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pickles are not read"):
         load_pretrained(tmp_path)
@@ -167,6 +205,16 @@ def test_what_is_no_checkpoint_is_refused(clip: tuple[DualEncoder, Path], tmp_pa
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json: feed_forward_proj 'relu': only gated-gelu"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "feed_forward_proj": "gated-gelu"}')
+    with pytest.raises(ValueError, match=r"config\.json does not say 'vocab_size'"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
         load_pretrained(tmp_path)
     (tmp_path / "model.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="cannot be read as npz"):

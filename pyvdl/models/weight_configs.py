@@ -19,7 +19,7 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh":
 def _activation(found: Mapping[str, Any], name: str, default: str) -> Any:
     value = found.get(name, default)
     if value not in _ACTIVATIONS:
-        raise ValueError(f"config.json: {name} {value!r} is not one of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
 
 
@@ -49,6 +49,11 @@ _SIGLIP_TEXT: dict[str, Any] = {
     "num_hidden_layers": 12,
 }
 _SIGLIP_TEXT |= {"num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-6}
+_GEMMA: dict[str, Any] = {"vocab_size": 256_000, "hidden_size": 3072, "num_hidden_layers": 28, "head_dim": 256}
+_GEMMA |= {"num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 24576, "rms_norm_eps": 1e-6}
+_GEMMA_2 = _GEMMA | {"hidden_size": 2304, "num_hidden_layers": 26, "intermediate_size": 9216}
+_GEMMA_2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA_2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _tower(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +76,11 @@ def _text(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dtype) -> DualEncoderConfig:
     """Of transformers' CLIPConfig."""
-    vision = _CLIP_VISION | config.get("vision_config", {})
-    text = _CLIP_TEXT | config.get("text_config", {})
+    vision, text = (
+        # What old files say a second time counts, as in transformers.
+        defaults | (config.get(name) or {}) | (config.get(f"{name}_dict") or {})
+        for defaults, name in ((_CLIP_VISION, "vision_config"), (_CLIP_TEXT, "text_config"))
+    )
     # Old configs say 2, which no tokenizer of CLIP's gives: transformers then pools at the largest id, the last one.
     end_id = text["vocab_size"] - 1 if text["eos_token_id"] == 2 else text["eos_token_id"]
     return DualEncoderConfig(
@@ -106,8 +114,8 @@ def siglip_vision(found: Mapping[str, Any], preprocessor: Mapping[str, Any], dty
 
 def siglip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dtype) -> DualEncoderConfig:
     """Of transformers' SiglipConfig, which SigLIP 2 at fixed resolutions has too."""
-    vision = siglip_vision(config.get("vision_config", {}), preprocessor, dtype)
-    text = _SIGLIP_TEXT | config.get("text_config", {})
+    vision = siglip_vision(config.get("vision_config") or {}, preprocessor, dtype)
+    text = _SIGLIP_TEXT | (config.get("text_config") or {})
     return DualEncoderConfig(
         vision=vision,
         text=TextTowerConfig(
@@ -127,31 +135,30 @@ def siglip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dt
 
 def paligemma(config: Mapping[str, Any], preprocessor: Mapping[str, Any], dtype: Dtype) -> VLMConfig:
     """Of transformers' PaliGemmaConfig, with a Gemma or a Gemma 2."""
-    text = config["text_config"]
-    second = text.get("model_type", "gemma") == "gemma2"
-    head_dim = text.get("head_dim", 256)
+    second = config["text_config"].get("model_type", "gemma") == "gemma2"
+    text = (_GEMMA_2 if second else _GEMMA) | config["text_config"]
     more: dict[str, Any] = {}
     if second:
         more = {
             "post_norms": True,
-            "attention_softcap": text.get("attn_logit_softcapping", 50.0),
-            "final_softcap": text.get("final_logit_softcapping", 30.0),
-            "window": text.get("sliding_window", 4096),
-            "query_scale": float(text.get("query_pre_attn_scalar", 256)) ** -0.5,
+            "attention_softcap": text["attn_logit_softcapping"],
+            "final_softcap": text["final_logit_softcapping"],
+            "window": text["sliding_window"],
+            "query_scale": float(text["query_pre_attn_scalar"]) ** -0.5,
         }
     rope = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
     return VLMConfig(
         vision=siglip_vision(config["vision_config"], preprocessor, dtype),
         language=GemmaConfig(
-            vocab_size=text.get("vocab_size", 257_216),
+            vocab_size=text["vocab_size"],
             width=text["hidden_size"],
             depth=text["num_hidden_layers"],
             num_heads=text["num_attention_heads"],
             num_kv_heads=text["num_key_value_heads"],
-            head_dim=head_dim,
+            head_dim=text["head_dim"],
             mlp_dim=text["intermediate_size"],
             rope_theta=float(rope),
-            norm_epsilon=float(text.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=float(text["rms_norm_eps"]),
             dtype=dtype,
             **more,
         ),
@@ -163,9 +170,7 @@ def t5(config: Mapping[str, Any], dtype: Dtype) -> T5Config:
     feed_forward = config.get("feed_forward_proj", "relu")
     activations: dict[str, Any] = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
     if feed_forward not in activations:
-        raise ValueError(
-            f"config.json: feed_forward_proj {feed_forward!r}: only {', '.join(activations)} are read, not T5 v1.0"
-        )
+        raise ValueError(f"feed_forward_proj {feed_forward!r}: only {', '.join(activations)} are read, not T5 v1.0")
     return T5Config(
         vocab_size=config["vocab_size"],
         width=config["d_model"],
@@ -184,6 +189,18 @@ def t5(config: Mapping[str, Any], dtype: Dtype) -> T5Config:
 # --- from shapes, where no config.json says more
 
 
+def _require(shapes: Shapes, axes: Mapping[str, int]) -> None:
+    """Raises with all that are missing or have not so many axes, of the arrays that settings are read from."""
+    faults = [f"missing {name}" for name in axes if name not in shapes]
+    faults += [
+        f"{name} is {list(shapes[name])}, which should have {count} axes"
+        for name, count in axes.items()
+        if name in shapes and len(shapes[name]) != count
+    ]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
 def _count(shapes: Shapes, pattern: str) -> int:
     """Layers: one more than the largest number that `pattern` finds."""
     return 1 + max((int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1)
@@ -191,6 +208,9 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def openai_clip(shapes: Shapes, settings: Mapping[str, Any], dtype: Dtype) -> DualEncoderConfig:
     """Of OpenAI's and OpenCLIP's arrays; `settings` is OpenCLIP's open_clip_config.json, {} without one."""
+    mlps = [f"{tower}transformer.resblocks.0.mlp.c_fc.weight" for tower in ("visual.", "")]
+    embeddings = ("visual.positional_embedding", "positional_embedding", "token_embedding.weight", "text_projection")
+    _require(shapes, {"visual.conv1.weight": 4} | dict.fromkeys((*embeddings, *mlps), 2))
     width, _, patch, _ = shapes["visual.conv1.weight"]
     grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
     vocab, text_width = shapes["token_embedding.weight"]
@@ -232,10 +252,24 @@ def openai_clip(shapes: Shapes, settings: Mapping[str, Any], dtype: Dtype) -> Du
     )
 
 
+_FLAX_TOWERS = {"img": "img/Transformer", "txt": "txt/Encoder_0"}
+
+
 def stacked_towers(shapes: Shapes) -> list[str]:
     """big_vision's towers whose layers stand on axis 0."""
-    towers = {"img": "img/Transformer", "txt": "txt/Encoder_0"}
-    return [name for name, path in towers.items() if any(found.startswith(f"{path}/encoderblock/") for found in shapes)]
+    blocks = {name: f"{path}/encoderblock/" for name, path in _FLAX_TOWERS.items()}
+    return [name for name, block in blocks.items() if any(found.startswith(block) for found in shapes)]
+
+
+def _flax_axes(shapes: Shapes, *towers: str) -> dict[str, int]:
+    """For `_require`, of towers."""
+    axes = {"img/embedding/kernel": 4}
+    for tower in towers:
+        stacked = tower in stacked_towers(shapes)
+        block = f"{_FLAX_TOWERS[tower]}/encoderblock{'' if stacked else '_0'}"
+        axes |= {f"{tower}/pos_embedding": 3, f"{block}/MlpBlock_0/Dense_0/kernel": 2 + stacked}
+        axes[f"{block}/MultiHeadDotProductAttention_0/query/kernel"] = 3 + stacked
+    return axes
 
 
 def _flax_tower(shapes: Shapes, path: str, stacked: bool) -> dict[str, Any]:
@@ -260,6 +294,7 @@ def flax_vision(shapes: Shapes, dtype: Dtype) -> ViTConfig:
 
 
 def flax_siglip(shapes: Shapes, dtype: Dtype) -> DualEncoderConfig:
+    _require(shapes, _flax_axes(shapes, "img", "txt") | {"txt/Embed_0/embedding": 2, "txt/head/kernel": 2})
     vision = flax_vision(shapes, dtype)
     return DualEncoderConfig(
         vision=vision,
@@ -281,6 +316,8 @@ def flax_siglip(shapes: Shapes, dtype: Dtype) -> DualEncoderConfig:
 
 def flax_paligemma(shapes: Shapes, dtype: Dtype) -> VLMConfig:
     """big_vision's PaliGemma; a Gemma 2 is one with norms behind its parts."""
+    layers = {"llm/layers/attn/q_einsum/w": 4, "llm/layers/attn/kv_einsum/w": 5, "llm/layers/mlp/linear": 3}
+    _require(shapes, _flax_axes(shapes, "img") | layers | {"llm/embedder/input_embedding": 2})
     depth, heads, width, head_dim = shapes["llm/layers/attn/q_einsum/w"]
     kv_heads = shapes["llm/layers/attn/kv_einsum/w"][2]
     more: dict[str, Any] = {}

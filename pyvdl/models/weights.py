@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,8 +38,16 @@ type Model = DualEncoder | VLM | T5
 type Config = DualEncoderConfig | VLMConfig | T5Config
 type Place = Callable[[str, tuple[int, ...]], Sharding]
 
-# Arrays that files have beside the weights, or twice: nothing is lost with them.
-_IGNORED = ("position_ids", "lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Arrays that files have beside the weights, or twice: nothing is lost with them. The last three are OpenAI's settings.
+_IGNORED = (
+    "position_ids",
+    "lm_head.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)
 _RESAMPLED = ("vision.position", "vision.patch.kernel")
 _SHARD_BYTES = 4 << 30  # of a file that is written, if more than one array is in it
 
@@ -83,7 +91,10 @@ class _Safetensors:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = _json(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f"{index} is damaged, it has no weight_map: download it again")
+        names = sorted(set(files.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names: download them too")
@@ -177,48 +188,69 @@ def load_pretrained(
 
 def _of_npz(path: Path, source: Source, dtype: Any) -> tuple[Config, list[Rule]]:
     stacked = weight_configs.stacked_towers(source.shapes)
-    if "llm/embedder/input_embedding" in source.shapes:
-        vlm = weight_configs.flax_paligemma(source.shapes, dtype)
-        return vlm, list(weight_names.flax_paligemma(vlm, stacked))
-    if "img/MAPHead_0/probe" in source.shapes and "txt/Embed_0/embedding" in source.shapes:
-        siglip = weight_configs.flax_siglip(source.shapes, dtype)
-        return siglip, list(weight_names.flax_siglip(siglip, stacked))
+    with _settings_of(path):
+        if _any_begins(source.shapes, "llm/"):
+            vlm = weight_configs.flax_paligemma(source.shapes, dtype)
+            return vlm, list(weight_names.flax_paligemma(vlm, stacked))
+        if _any_begins(source.shapes, "txt/"):
+            siglip = weight_configs.flax_siglip(source.shapes, dtype)
+            return siglip, list(weight_names.flax_siglip(siglip, stacked))
     raise ValueError(f"{path} is neither SigLIP nor PaliGemma: it has {', '.join(sorted(source.shapes)[:5])}, ...")
 
 
 def _of_safetensors(path: Path, source: Source, dtype: Any) -> tuple[Config, list[Rule]]:
     folder = path.parent if path.is_file() else path
-    if "visual.conv1.weight" in source.shapes:
-        config = weight_configs.openai_clip(source.shapes, _json(folder / "open_clip_config.json"), dtype)
+    if _any_begins(source.shapes, "visual."):
+        with _settings_of(path):
+            config = weight_configs.openai_clip(source.shapes, _json(folder / "open_clip_config.json"), dtype)
         return config, list(weight_names.openai_clip(config))
     described, preprocessor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
-    match described.get("model_type"):
-        case "clip":
-            clip = weight_configs.clip(described, preprocessor, dtype)
-            return clip, list(weight_names.hf_clip(clip))
-        case "siglip" | "siglip2":
-            if len(source.shapes.get("vision_model.embeddings.patch_embedding.weight", ())) == 2:
-                raise ValueError(f"{path}: SigLIP 2 of variable resolution (NaFlex) is not read; use a fixed one")
-            siglip = weight_configs.siglip(described, preprocessor, dtype)
-            return siglip, list(weight_names.hf_siglip(siglip))
-        case "paligemma":
-            vlm = weight_configs.paligemma(described, preprocessor, dtype)
-            return vlm, list(weight_names.hf_paligemma(vlm))
-        case "t5" if "lm_head.weight" in source.shapes:
-            t5 = weight_configs.t5(described, dtype)
-            return t5, list(weight_names.hf_t5(t5))
-        case found:
-            kinds = "clip, siglip, siglip2, paligemma, t5 (with an output head of its own)"
-            raise ValueError(f"{folder / 'config.json'}: model_type {found!r} is not one of {kinds}")
+    with _settings_of(folder / "config.json"):
+        match described.get("model_type"):
+            case "clip":
+                clip = weight_configs.clip(described, preprocessor, dtype)
+                return clip, list(weight_names.hf_clip(clip))
+            case "siglip" | "siglip2":
+                if len(source.shapes.get("vision_model.embeddings.patch_embedding.weight", ())) == 2:
+                    raise ValueError("SigLIP 2 of variable resolution (NaFlex) is not read; use a fixed one")
+                siglip = weight_configs.siglip(described, preprocessor, dtype)
+                return siglip, list(weight_names.hf_siglip(siglip))
+            case "paligemma":
+                vlm = weight_configs.paligemma(described, preprocessor, dtype)
+                return vlm, list(weight_names.hf_paligemma(vlm))
+            case "t5" if "lm_head.weight" in source.shapes:
+                t5 = weight_configs.t5(described, dtype)
+                return t5, list(weight_names.hf_t5(t5))
+            case found:
+                kinds = "clip, siglip, siglip2, paligemma, t5 (with an output head of its own)"
+                raise ValueError(f"model_type {found!r} is not one of {kinds}")
+
+
+@contextlib.contextmanager
+def _settings_of(path: Path) -> Iterator[None]:
+    """Names the file in what is wrong with the settings that are read in it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} does not say {error}: download it again") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _any_begins(names: Iterable[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged, it is not JSON ({error}): download it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, it holds no JSON object: download it again")
+    return found
 
 
 def _resized[C: Config](config: C, image_size: int | None, patch_size: int | None) -> C:
