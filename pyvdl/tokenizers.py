@@ -66,6 +66,9 @@ class Pieces(Protocol):
 
     def text(self, ids: list[int]) -> str: ...
 
+    def name(self, id: int) -> str:
+        """Of a token, as the file has it."""
+
 
 class _SentencePieces:
     def __init__(self, path: Path) -> None:
@@ -86,6 +89,9 @@ class _SentencePieces:
     def text(self, ids: list[int]) -> str:
         return self._model.DecodeIds([i for i in ids if i < self.vocab_size and i != self._model.unk_id()]).strip()
 
+    def name(self, id: int) -> str:
+        return self._model.IdToPiece(id)
+
 
 class _HuggingFacePieces:
     def __init__(self, path: Path) -> None:
@@ -103,6 +109,9 @@ class _HuggingFacePieces:
 
     def text(self, ids: list[int]) -> str:
         return self._model.decode(ids).replace("</w>", " ").strip()  # which ends a word of CLIP's
+
+    def name(self, id: int) -> str:
+        return self._model.id_to_token(id)
 
 
 class _ClipPieces(_HuggingFacePieces):
@@ -233,7 +242,14 @@ def load_tokenizer(folder: str | os.PathLike[str], kind: str | None = None) -> T
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {_KINDS}, not {kind!r}")
     pieces = _pieces(where)
-    return PretrainedTokenizer(pieces, _frame(kind, pieces), where)
+    frame, names = _frame(kind, pieces)
+    for i, name in names.items():
+        if pieces.name(i) != name:
+            raise ValueError(
+                f"{where}: the tokenizer there is none of {kind}, its token {i} is {pieces.name(i)!r}, not {name!r}: "
+                "put the checkpoint's own there"
+            )
+    return PretrainedTokenizer(pieces, frame, where)
 
 
 def _pieces(folder: Path) -> Pieces:
@@ -248,18 +264,21 @@ def _pieces(folder: Path) -> Pieces:
     raise ValueError(f"{folder} has no tokenizer: put tokenizer.json, {', '.join(_SENTENCEPIECE)} or vocab.json there")
 
 
-def _frame(kind: str, pieces: Pieces) -> Frame:
+def _frame(kind: str, pieces: Pieces) -> tuple[Frame, dict[int, str]]:
+    """And what the tokens must be called that it speaks of: those of another tokenizer mean something else."""
     match kind:
         case "clip":
             begin, end = pieces.vocab_size - 2, pieces.vocab_size - 1
-            return Frame(pad_id=end, end_id=end, begin=(begin,), lower=True)
-        case "siglip" if isinstance(pieces, _HuggingFacePieces):  # SigLIP 2, with Gemma's tokens
-            return Frame(pad_id=0, end_id=1, lower=True)
+            names = {begin: "<|startoftext|>", end: "<|endoftext|>"}
+            return Frame(pad_id=end, end_id=end, begin=(begin,), lower=True), names
+        case "siglip" if pieces.name(1) == "<eos>":  # SigLIP 2, with Gemma's tokens
+            return Frame(pad_id=0, end_id=1, lower=True), {0: "<pad>"}
         case "siglip":
-            return Frame(pad_id=1, end_id=1, lower=True, bare=True)
+            return Frame(pad_id=1, end_id=1, lower=True, bare=True), {1: "</s>"}
         case "paligemma":
-            return Frame(pad_id=0, end_id=1, prompt_begin=(2,), prompt_end="\n")
-    return Frame(pad_id=0, end_id=1)
+            names = {0: "<pad>", 1: "<eos>", 2: "<bos>"}
+            return Frame(pad_id=0, end_id=1, prompt_begin=(2,), prompt_end="\n"), names
+    return Frame(pad_id=0, end_id=1), {0: "<pad>", 1: "</s>"}
 
 
 def _kind(path: Path) -> str:

@@ -33,7 +33,8 @@ def sentence_pieces(path: Path, **ids: Any) -> None:
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gemma")
-    sentence_pieces(folder / "tokenizer.model", pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+    names = {"eos_piece": "<eos>", "bos_piece": "<bos>"}
+    sentence_pieces(folder / "tokenizer.model", pad_id=0, eos_id=1, bos_id=2, unk_id=3, **names)
     (folder / "config.json").write_text('{"model_type": "paligemma"}')
     return folder
 
@@ -117,18 +118,37 @@ def test_siglip_strips_marks(t5: Path) -> None:
     assert tokenizer.pad_id == tokenizer.end_id == row[-1] == 1
 
 
-def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
-    """As SigLIP 2 has: Gemma's ids, lower case, padded with 0."""
+def tokenizer_json(folder: Path, *special: str) -> None:
     library = Library(models.BPE(unk_token="<unk>"))
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.decoder = decoders.Metaspace()
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    library.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=90, special_tokens=special))
-    library.save(str(tmp_path / "tokenizer.json"))
+    library.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=90, special_tokens=list(special)))
+    library.save(str(folder / "tokenizer.json"))
+
+
+def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
+    """As SigLIP 2 has: Gemma's ids, lower case, padded with 0."""
+    tokenizer_json(tmp_path, "<pad>", "<eos>", "<bos>", "<unk>")
     tokenizer = load_tokenizer(tmp_path, "siglip")
     row = tokenizer.encode("The GREEN field", 20)
     assert tokenizer.decode(row) == "the green field"
     assert row[row > 0][-1] == 1
+    assert row[-1] == tokenizer.pad_id == 0
+
+
+def test_siglip_is_told_from_siglip_2_by_its_tokens(gemma: Path, tmp_path: Path) -> None:
+    """Both come with either kind of file. The text tower reads the last place: padding is part of the embedding."""
+    tokenizer_json(tmp_path, "<pad>", "</s>", "<unk>")
+    first, second = load_tokenizer(tmp_path, "siglip"), load_tokenizer(gemma, "siglip")
+    assert (first.pad_id, second.pad_id) == (1, 0)
+    np.testing.assert_array_equal(first.encode("The field!", 20), first.encode("the field", 20))
+    assert (second.encode("the field, then", 20) != second.encode("the field then", 20)).any()
+
+
+def test_a_tokenizer_of_another_family_is_refused(gemma: Path, t5: Path, clip: Path) -> None:
+    for folder, kind in ((gemma, "t5"), (t5, "paligemma"), (clip, "siglip"), (clip, "t5"), (t5, "clip")):
+        with pytest.raises(ValueError, match=f"none of {kind}, its token .* put the checkpoint's own"):
+            load_tokenizer(folder, kind)
 
 
 def test_saved_beside_a_model_and_read_again(gemma: Path, clip: Path, tmp_path: Path) -> None:
