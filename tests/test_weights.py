@@ -17,8 +17,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig
-from pyvdl.models import T5, DualEncoder, load_pretrained, save_pretrained, weight_configs
+from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+from pyvdl.models import T5, VLM, DualEncoder, ViT, assemble, load_pretrained, save_pretrained, weight_configs
 from pyvdl.models.vit import patchify, resample_patches, resample_positions
 
 GOLDEN = Path(__file__).parent / "parity" / "golden"
@@ -59,8 +59,9 @@ LANGUAGE = T5Config(
 )
 
 
-def filled(model: Any) -> Any:
-    """With every parameter random, so that none can be taken for another."""
+def filled(kind: Any, config: Any) -> Any:
+    """A model with every parameter random, so that none can be taken for another."""
+    model: Any = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     nnx.update(
         model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2 + 0.1, x.dtype), nnx.state(model))
@@ -70,7 +71,7 @@ def filled(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, Path]:
-    model = filled(DualEncoder(CLIP, rngs=nnx.Rngs(0)))
+    model = filled(DualEncoder, CLIP)
     path = tmp_path_factory.mktemp("clip") / "model"
     save_pretrained(model, path)
     return model, path
@@ -78,7 +79,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, Path]:
 
 @pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
 def test_a_written_dual_encoder_is_read_as_it_was(config: DualEncoderConfig, tmp_path: Path) -> None:
-    model = filled(DualEncoder(config, rngs=nnx.Rngs(0)))
+    model = filled(DualEncoder, config)
     save_pretrained(model, tmp_path / "model")
     found = load_pretrained(tmp_path / "model", dtype="float32")
     assert isinstance(found, DualEncoder)
@@ -88,7 +89,7 @@ def test_a_written_dual_encoder_is_read_as_it_was(config: DualEncoderConfig, tmp
 
 
 def test_a_written_t5_is_read_as_it_was(tmp_path: Path) -> None:
-    model = filled(T5(LANGUAGE, rngs=nnx.Rngs(0)))
+    model = filled(T5, LANGUAGE)
     save_pretrained(model, tmp_path / "model")
     found = load_pretrained(tmp_path / "model", dtype="float32")
     assert isinstance(found, T5)
@@ -241,8 +242,57 @@ def test_several_files(clip: tuple[DualEncoder, Path], tmp_path: Path, monkeypat
 def test_a_model_over_time_is_no_model_of_transformers(tmp_path: Path) -> None:
     config = dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, num_frames=2))
     with pytest.raises(ValueError, match="2 frames at once"):
-        save_pretrained(DualEncoder(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+        save_pretrained(filled(DualEncoder, config), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+GEMMA = GemmaConfig(vocab_size=50, width=16, depth=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (
+            dataclasses.replace(CLIP, text=dataclasses.replace(CLIP.text, causal=False)),
+            "CLIPModel .* text.causal False",
+        ),
+        (dataclasses.replace(CLIP, text_projection_bias=True), "CLIPModel .* text_projection_bias True"),
+        (dataclasses.replace(CLIP, vision_projection=False, embed_dim=32), "CLIPModel .* vision_projection False"),
+        (dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, pre_norm=False)), "vision.pre_norm False"),
+        (dataclasses.replace(SIGLIP, text=TEXT), "SiglipModel .* text.causal True, text.pool end"),
+        (dataclasses.replace(SIGLIP, text_projection_bias=False), "SiglipModel .* text_projection_bias False"),
+        (VLMConfig(vision=CLIP.vision, language=GEMMA), "PaliGemma.* vision.class_token True"),
+        (VLMConfig(vision=VISION, language=dataclasses.replace(GEMMA, window=5)), "PaliGemma.* language.window 5"),
+        (VLMConfig(vision=VISION, language=dataclasses.replace(GEMMA, query_scale=0.5)), "language.query_scale 0.5"),
+        (VLMConfig(vision=VISION, language=GEMMA, soft_prompt=3), "soft_prompt 3"),
+        (VLMConfig(vision=VISION, language=LANGUAGE), "export its parts"),
+        (CLIP.vision, "SiglipVisionModel .* class_token True"),
+    ],
+)
+def test_what_transformers_would_run_otherwise_is_not_written(config: Any, lost: str, tmp_path: Path) -> None:
+    kinds = {DualEncoderConfig: DualEncoder, VLMConfig: VLM, ViTConfig: ViT}
+    with pytest.raises(ValueError, match=lost):
+        save_pretrained(filled(kinds[type(config)], config), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parts_of_a_vlm_with_a_t5_are_written(tmp_path: Path) -> None:
+    """Its tower has the names and numbers of the tower in SigLIP's files; see tests/parity/check_exports.py too."""
+    siglip = filled(DualEncoder, SIGLIP)
+    model = assemble(siglip.vision, filled(T5, LANGUAGE), rngs=nnx.Rngs(1))
+    assert isinstance(model.language, T5)
+    save_pretrained(siglip, tmp_path / "siglip")
+    save_pretrained(model.vision, tmp_path / "tower")
+    save_pretrained(model.language, tmp_path / "t5")
+    whole, tower = (load_file(tmp_path / name / "model.safetensors") for name in ("siglip", "tower"))
+    wanted = {name for name in whole if name.startswith("vision_model.") and ".head." not in name}
+    assert set(tower) == wanted
+    for name in wanted:
+        np.testing.assert_array_equal(tower[name], whole[name])
+    settings = json.loads((tmp_path / "tower" / "config.json").read_text())
+    described = json.loads((tmp_path / "siglip" / "config.json").read_text())["vision_config"]
+    assert settings == described | {"architectures": ["SiglipVisionModel"], "vision_use_head": False}
+    assert isinstance(load_pretrained(tmp_path / "t5"), T5)
 
 
 def test_parameters_in_bfloat16(clip: tuple[DualEncoder, Path]) -> None:
@@ -330,7 +380,7 @@ def test_memory_of_loading(tmp_path: Path) -> None:
     """At most 1.3 times the largest tensor beside the model itself."""
     large = dataclasses.replace(LANGUAGE, vocab_size=40_000, width=512, num_heads=8, head_dim=64, mlp_dim=2048)
     for name, config in (("small", LANGUAGE), ("large", large)):
-        save_pretrained(T5(config, rngs=nnx.Rngs(0)), tmp_path / name)
+        save_pretrained(filled(T5, config), tmp_path / name)
     paths = [str(tmp_path / name) for name in ("small", "large")]
     done = subprocess.run([sys.executable, "-c", MEMORY, *paths], check=True, capture_output=True, text=True)
     grown, stay = map(int, done.stdout.split())

@@ -371,6 +371,10 @@ def _to_vision(config: ViTConfig, kind: str) -> dict[str, Any]:
     }
 
 
+def to_siglip_vision(config: ViTConfig) -> dict[str, Any]:
+    return _to_vision(config, "siglip") | {"architectures": ["SiglipVisionModel"], "vision_use_head": False}
+
+
 def to_dual_encoder(config: DualEncoderConfig) -> dict[str, Any]:
     kind, name = ("clip", "CLIPModel") if config.kind == "softmax" else ("siglip", "SiglipModel")
     text = config.text

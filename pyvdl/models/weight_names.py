@@ -123,7 +123,7 @@ def _class_and_positions(theirs_class: str, theirs_positions: str) -> Rule:
 
 
 def _hf_blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
-    ours, theirs = f"{ours}.blocks.blocks", f"{theirs}.encoder.layers.{{}}"
+    ours, theirs = f"{ours}blocks.blocks", f"{theirs}.encoder.layers.{{}}"
     projections = (f"{theirs}.self_attn.{name}_proj" for name in "qkv")
     yield from _torch_linear(f"{ours}.mixer.qkv", *projections, depth=depth)
     yield from _torch_linear(f"{ours}.mixer.out", f"{theirs}.self_attn.out_proj", depth=depth)
@@ -133,13 +133,13 @@ def _hf_blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
     yield from _torch_linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2", depth=depth)
 
 
-def _hf_siglip_tower(config: ViTConfig, theirs: str) -> Iterator[Rule]:
+def hf_siglip_tower(config: ViTConfig, theirs: str, ours: str = "vision.") -> Iterator[Rule]:
     embeddings = f"{theirs}.embeddings"
-    yield rule("vision.patch.kernel", f"{embeddings}.patch_embedding.weight", codec=_conv(config.patch_size))
-    yield rule("vision.patch.bias", f"{embeddings}.patch_embedding.bias")
-    yield rule("vision.position", f"{embeddings}.position_embedding.weight")
-    yield from _hf_blocks("vision", theirs, config.depth)
-    yield from _norm("vision.norm", f"{theirs}.post_layernorm")
+    yield rule(f"{ours}patch.kernel", f"{embeddings}.patch_embedding.weight", codec=_conv(config.patch_size))
+    yield rule(f"{ours}patch.bias", f"{embeddings}.patch_embedding.bias")
+    yield rule(f"{ours}position", f"{embeddings}.position_embedding.weight")
+    yield from _hf_blocks(ours, theirs, config.depth)
+    yield from _norm(f"{ours}norm", f"{theirs}.post_layernorm")
 
 
 def hf_clip(config: DualEncoderConfig) -> Iterator[Rule]:
@@ -148,11 +148,11 @@ def hf_clip(config: DualEncoderConfig) -> Iterator[Rule]:
     yield rule("vision.patch.kernel", f"{vision}.embeddings.patch_embedding.weight", codec=patch)
     yield _class_and_positions(f"{vision}.embeddings.class_embedding", f"{vision}.embeddings.position_embedding.weight")
     yield from _norm("vision.pre_norm", f"{vision}.pre_layrnorm")
-    yield from _hf_blocks("vision", vision, config.vision.depth)
+    yield from _hf_blocks("vision.", vision, config.vision.depth)
     yield from _norm("vision.norm", f"{vision}.post_layernorm")
     yield rule("text.embedding", f"{text}.embeddings.token_embedding.weight")
     yield rule("text.position", f"{text}.embeddings.position_embedding.weight")
-    yield from _hf_blocks("text", text, config.text.depth)
+    yield from _hf_blocks("text.", text, config.text.depth)
     yield from _norm("text.norm", f"{text}.final_layer_norm")
     yield rule("vision_projection.kernel", "visual_projection.weight", codec=LINEAR)
     yield rule("text_projection.kernel", "text_projection.weight", codec=LINEAR)
@@ -160,7 +160,7 @@ def hf_clip(config: DualEncoderConfig) -> Iterator[Rule]:
 
 
 def hf_siglip(config: DualEncoderConfig) -> Iterator[Rule]:
-    yield from _hf_siglip_tower(config.vision, "vision_model")
+    yield from hf_siglip_tower(config.vision, "vision_model")
     head, text = "vision_model.head", "text_model"
     yield rule("pool.probe", f"{head}.probe", codec=ROWS)
     width = config.vision.width
@@ -181,7 +181,7 @@ def hf_siglip(config: DualEncoderConfig) -> Iterator[Rule]:
     yield from _torch_linear("pool.mlp.down", f"{head}.mlp.fc2")
     yield rule("text.embedding", f"{text}.embeddings.token_embedding.weight")
     yield rule("text.position", f"{text}.embeddings.position_embedding.weight")
-    yield from _hf_blocks("text", text, config.text.depth)
+    yield from _hf_blocks("text.", text, config.text.depth)
     yield from _norm("text.norm", f"{text}.final_layer_norm")
     yield from _torch_linear("text_projection", f"{text}.head")
     yield rule("logit_scale", "logit_scale", codec=LIST)
@@ -329,7 +329,7 @@ def _flax_gemma_qkv(ours: str, layers: str, language: GemmaConfig) -> Rule:
 def hf_paligemma(config: VLMConfig) -> Iterator[Rule]:
     language = config.language
     assert isinstance(language, GemmaConfig)
-    yield from _hf_siglip_tower(config.vision, "vision_tower.vision_model")
+    yield from hf_siglip_tower(config.vision, "vision_tower.vision_model")
     yield from _torch_linear("projection", "multi_modal_projector.linear")
     theirs, ours, depth = "language_model.model.layers.{}", "language.blocks.blocks", language.depth
     yield rule("language.embedding", "language_model.model.embed_tokens.weight")
@@ -349,16 +349,15 @@ def hf_paligemma(config: VLMConfig) -> Iterator[Rule]:
     yield linear(f"{ours}.down", f"{theirs}.mlp.down_proj.weight")
 
 
-def hf_t5(config: T5Config, ours: str = "") -> Iterator[Rule]:
-    """ours: what stands before our names, "language." in a VLM."""
-    yield rule(f"{ours}embedding", "shared.weight")
-    yield rule(f"{ours}head", "lm_head.weight", codec=LINEAR)
+def hf_t5(config: T5Config) -> Iterator[Rule]:
+    yield rule("embedding", "shared.weight")
+    yield rule("head", "lm_head.weight", codec=LINEAR)
     for side, depth in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
-        layer, block = f"{side}.block.{{}}.layer", f"{ours}{side}.blocks"
+        layer, block = f"{side}.block.{{}}.layer", f"{side}.blocks"
         linear = functools.partial(rule, codec=LINEAR, depth=depth)
         mine = f"{layer}.0.SelfAttention"
-        yield rule(f"{ours}{side}_bias.table", f"{mine.format(0)}.relative_attention_bias.weight")
-        yield rule(f"{ours}{side}_norm.scale", f"{side}.final_layer_norm.weight")
+        yield rule(f"{side}_bias.table", f"{mine.format(0)}.relative_attention_bias.weight")
+        yield rule(f"{side}_norm.scale", f"{side}.final_layer_norm.weight")
         yield linear(f"{block}.attention.qkv", *(f"{mine}.{name}.weight" for name in "qkv"))
         yield linear(f"{block}.attention.out", f"{mine}.o.weight")
         yield rule(f"{block}.attention.norm.scale", f"{layer}.0.layer_norm.weight", depth=depth)

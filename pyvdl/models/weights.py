@@ -30,7 +30,7 @@ from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, ViTConfig, VL
 from . import weight_configs, weight_names
 from .dual_encoder import DualEncoder
 from .t5 import T5
-from .vit import resample_patches, resample_positions
+from .vit import ViT, resample_patches, resample_positions
 from .vlm import VLM
 from .weight_names import Rule
 
@@ -367,11 +367,12 @@ def _resampled(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
     return resample_patches(array, round((shape[0] / 3) ** 0.5))
 
 
-def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Model | ViT, path: str | os.PathLike[str]) -> None:
     """Writes a folder that `transformers` loads, and `load_pretrained` too; it appears whole or not at all.
 
-    Parameters are written in the type they have. Raises ValueError for a model that transformers has no class for: one
-    with attention over time, for instance.
+    Parameters are written in the type they have. Of a model that transformers has no class for, the parts may have one:
+    a `VLM` with a T5 has a T5, and in its `ViT` a SigLIP tower (for transformers only). Raises ValueError for what has
+    none, with the settings that would be lost: attention over time, for instance.
     """
     try:
         from safetensors.numpy import save_file
@@ -400,7 +401,8 @@ def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
             (temporary / f"{i}").rename(temporary / name)
         (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         if not isinstance(model, T5):
-            preprocessor = weight_configs.to_preprocessor(model.config.vision)
+            vision = model.config if isinstance(model, ViT) else model.config.vision
+            preprocessor = weight_configs.to_preprocessor(vision)
             text = json.dumps(preprocessor, indent=2) + "\n"
             (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
         temporary.rename(target)
@@ -408,27 +410,52 @@ def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _described(model: Model) -> tuple[dict[str, Any], list[Rule]]:
-    """What stands in config.json, and the rules of the family."""
+def _described(model: Model | ViT) -> tuple[dict[str, Any], list[Rule]]:
+    """What stands in config.json, and the rules of the family. Raises where that would be read as another model."""
     config = model.config
-    if not isinstance(config, T5Config) and config.vision.num_frames > 1:
-        raise ValueError(
-            f"transformers has no model of {config.vision.num_frames} frames at once: export the image model"
-        )
+    if isinstance(config, T5Config):
+        return weight_configs.to_t5(config), list(weight_names.hf_t5(config))
+    vision = config if isinstance(config, ViTConfig) else config.vision
+    if vision.num_frames > 1:
+        raise ValueError(f"transformers has no model of {vision.num_frames} frames at once: export the image model")
+    read: Callable[..., Any]
     match config:
-        case DualEncoderConfig(pool="class", kind="softmax") if _is_clip(config.vision):
-            return weight_configs.to_dual_encoder(config), list(weight_names.hf_clip(config))
-        case DualEncoderConfig(pool="map", kind="sigmoid") if not config.vision_projection:
-            return weight_configs.to_dual_encoder(config), list(weight_names.hf_siglip(config))
-        case VLMConfig(language=GemmaConfig(), soft_prompt=0):
-            return weight_configs.to_paligemma(config), list(weight_names.hf_paligemma(config))
-        case T5Config():
-            return weight_configs.to_t5(config), list(weight_names.hf_t5(config))
-    raise ValueError(f"transformers has no model like this {type(config).__name__}: export its parts")
+        case ViTConfig():
+            described, read = weight_configs.to_siglip_vision(config), weight_configs.siglip_vision
+            rules = weight_names.hf_siglip_tower(config, "vision_model", "")
+        case DualEncoderConfig(kind="softmax"):
+            described, read, rules = (
+                weight_configs.to_dual_encoder(config),
+                weight_configs.clip,
+                weight_names.hf_clip(config),
+            )
+        case DualEncoderConfig():
+            described, read = weight_configs.to_dual_encoder(config), weight_configs.siglip
+            rules = weight_names.hf_siglip(config)
+        case VLMConfig(language=GemmaConfig()):
+            described, read = weight_configs.to_paligemma(config), weight_configs.paligemma
+            rules = weight_names.hf_paligemma(config)
+        case _:
+            raise ValueError("transformers has no model of a tower with a T5: export its parts, .vision and .language")
+    again = _settings(read(described, weight_configs.to_preprocessor(vision), "float32"))
+    lost = [f"{name} {value}" for name, value in _settings(config).items() if value != again[name]]
+    if lost:
+        raise ValueError(f"transformers' {described['architectures'][0]} cannot have {', '.join(lost)}")
+    return described, list(rules)
 
 
-def _is_clip(vision: ViTConfig) -> bool:
-    return vision.pre_norm and not vision.patch_bias
+def _settings(config: Any, path: str = "") -> dict[str, Any]:
+    """By dotted name: those that an image model's outputs depend on."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{path}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _settings(value, f"{name}.")
+        elif field.name == "query_scale":
+            found[name] = round(value or config.head_dim**-0.5, 9)
+        elif field.name not in ("dtype", "remat", "attention", "num_frames", "fps"):
+            found[name] = value
+    return found
 
 
 def _shards(values: Mapping[str, Any], rules: list[Rule]) -> Iterator[dict[str, np.ndarray]]:

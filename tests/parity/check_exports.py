@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import SiglipVisionModel
 
-from .families import MODELS, compute
+from .families import MODELS, compute, pixel_values
 from .make_goldens import REAL, TINY
 
 TOLERANCE = 1e-4  # relative to the output's root mean square
 
 
-def load(family: str, folder: Path) -> Any:
+def load(model_class: Any, folder: Path) -> Any:
     """The exported model in float32; every tensor must find its place."""
-    model, report = MODELS[family][1].from_pretrained(
+    model, report = model_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     wrong = {kind: names for kind, names in report.items() if names}
@@ -43,7 +44,13 @@ def main() -> int:
             continue
         with np.load(arguments.goldens / f"{name}.npz") as arrays:
             golden = dict(arrays)
-        for output, value in compute(case, load(case.family, arguments.exports / name), golden).items():
+        outputs = compute(case, load(MODELS[case.family][1], arguments.exports / name), golden)
+        if case.family == "paligemma":  # its tower, exported alone
+            tower = load(SiglipVisionModel, arguments.exports / f"{name}-tower")
+            tokens = tower(pixel_values("paligemma", golden["images"])).last_hidden_state.numpy()
+            outputs["vision_tokens of the tower"] = tokens
+            golden["vision_tokens of the tower"] = golden["vision_tokens"].reshape(tokens.shape)
+        for output, value in outputs.items():
             wanted = golden[output]
             if output == "greedy":
                 error = float(np.mean((value != wanted) & (wanted >= 0)))
@@ -51,7 +58,7 @@ def main() -> int:
             else:
                 error = float(np.abs(value - wanted).max() / np.sqrt(np.mean(np.square(wanted))))
                 agrees = error <= TOLERANCE
-            print(f"{name:20} {output:18} {error:9.1e}{'' if agrees else '  FAILED'}", flush=True)
+            print(f"{name:20} {output:26} {error:9.1e}{'' if agrees else '  FAILED'}", flush=True)
             failed += not agrees
     print(f"{failed} outputs of exported models differ" if failed else "all exported models agree")
     return int(failed > 0)

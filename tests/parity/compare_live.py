@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyvdl.models.weights import load_pretrained, save_pretrained
+from pyvdl.models import VLM, load_pretrained, save_pretrained
 from tests.parity.compare import cases, compare, differences, versions
 
 
@@ -28,6 +28,8 @@ def main() -> int:
         model, found = compare(arguments.goldens / name, golden)
         if arguments.exports:
             save_pretrained(model, arguments.exports / name)
+            if isinstance(model, VLM):
+                save_pretrained(model.vision, arguments.exports / f"{name}-tower")
         del model  # before the next one is loaded: real layers are large
         rows = [(name, difference) for difference in found]
         for other in sorted(arguments.goldens.glob(f"{name}-*")):

@@ -162,7 +162,7 @@ def _numpy(value: torch.Tensor) -> np.ndarray:
     return value.numpy().astype(np.float32 if value.is_floating_point() else np.int32)
 
 
-def _pixels(family: str, images: np.ndarray) -> torch.Tensor:
+def pixel_values(family: str, images: np.ndarray) -> torch.Tensor:
     """uint8[..., H, W, 3] -> float32[B, 3, H, W]."""
     mean, std = (torch.tensor(x) for x in PIXELS[family])
     flat = torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
@@ -170,10 +170,10 @@ def _pixels(family: str, images: np.ndarray) -> torch.Tensor:
 
 
 def _dual_encoder(case: Case, model: Any, inputs: Arrays) -> dict[str, torch.Tensor]:
-    pixels, ids = _pixels(case.family, inputs["images"]), torch.from_numpy(inputs["text"]).long()
+    pixels, ids = pixel_values(case.family, inputs["images"]), torch.from_numpy(inputs["text"]).long()
     vision, text = model.vision_model(pixel_values=pixels), model.text_model(input_ids=ids)
     both = model(input_ids=ids, pixel_values=pixels)
-    larger = model.get_image_features(_pixels(case.family, inputs["images_larger"]), interpolate_pos_encoding=True)
+    larger = model.get_image_features(pixel_values(case.family, inputs["images_larger"]), interpolate_pos_encoding=True)
     clip = case.family == "clip"
     tokens = vision.last_hidden_state
     return {
@@ -189,7 +189,7 @@ def _dual_encoder(case: Case, model: Any, inputs: Arrays) -> dict[str, torch.Ten
 def _paligemma(case: Case, model: Any, inputs: Arrays) -> dict[str, torch.Tensor]:
     images = inputs["images"]
     batch, frames = images.shape[:2]
-    vision = model.model.vision_tower(_pixels("paligemma", images)).last_hidden_state
+    vision = model.model.vision_tower(pixel_values("paligemma", images)).last_hidden_state
     projected = model.model.multi_modal_projector(vision)
     patches = vision.shape[1]
     greedy = continue_paligemma(case, model, images, inputs["prompt"])
@@ -215,7 +215,7 @@ def paligemma_logits(model: Any, images: np.ndarray, prompt: np.ndarray, target:
         ids = torch.from_numpy(np.concatenate([prefix, suffix]))[None]
         kinds = torch.zeros_like(ids)
         kinds[:, len(prefix) :] = 1  # seen by later ones only; the prefix sees all of itself
-        logits = model(input_ids=ids, pixel_values=_pixels("paligemma", frames), token_type_ids=kinds).logits
+        logits = model(input_ids=ids, pixel_values=pixel_values("paligemma", frames), token_type_ids=kinds).logits
         out[row, : len(suffix)] = logits[0, len(prefix) - 1 : -1]
     return out
 
@@ -229,7 +229,7 @@ def continue_paligemma(case: Case, model: Any, images: np.ndarray, prompt: np.nd
         case,
         model,
         input_ids=ids,
-        pixel_values=_pixels("paligemma", images),
+        pixel_values=pixel_values("paligemma", images),
         attention_mask=(ids != 0).long(),
         token_type_ids=torch.zeros_like(ids),
     )
