@@ -94,6 +94,8 @@ def place(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
 
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         parts = name.split(".")
+        if parts[-2:-1] == ["value"]:  # a matrix in int8, or its scales: one for each of what is not summed
+            parts = parts[:-2]
         if parts[-1] in ("kernel", "value"):
             parts.pop()
         logical = _LOGICAL.get(parts[-1])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from pyvdl.caption import model_digest
 from pyvdl.checkpoint import save_model
@@ -21,6 +22,7 @@ from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConf
 from pyvdl.generate import _generate, generate, score
 from pyvdl.models import VLM, DualEncoder
 from pyvdl.quantize import Int8, quantize
+from pyvdl.sharding import AXES, tree_shardings
 from pyvdl.text import WordTokenizer
 from tests.models import random_vlm
 
@@ -132,6 +134,23 @@ def test_every_matrix_of_a_dual_encoder_is_found(pool: Literal["class", "mean", 
     parameters = dict(nnx.to_flat_state(nnx.state(nnx.eval_shape(make))))
     kept = {path[-1] for path, value in parameters.items() if not isinstance(value, Int8)}
     assert kept <= {"bias", "scale", "position", "temporal", "class_token", "probe", "logit_scale", "logit_bias"}
+
+
+def test_on_a_mesh_they_are_split_as_the_matrices_were(pair: tuple[VLM, VLM]) -> None:
+    mesh: Any = AbstractMesh((1, 2, 4), AXES)
+    wide, small = (dict(nnx.to_flat_state(tree_shardings(nnx.state(model), mesh))) for model in pair)
+    split = 0
+    for path, value in small.items():
+        wanted, found = wide[path].get_raw_value().spec, value.get_raw_value()
+        if isinstance(value, Int8):
+            assert found.qvalue.spec == wanted, path
+            summed = -1 if path[-1] == "embedding" else -2
+            kept = [None if i == len(wanted) + summed else axis for i, axis in enumerate(wanted)]
+            assert tuple(found.scale.spec) == tuple(kept), path
+            split += set(wanted) != {None}
+        else:
+            assert found.spec == wanted, path
+    assert split > 5
 
 
 def test_a_second_time_changes_nothing_and_another_model_has_another_name(pair: tuple[VLM, VLM]) -> None:
