@@ -361,18 +361,26 @@ def test_parameters_on_a_mesh(clip: tuple[DualEncoder, Path]) -> None:
 
 
 MEMORY = """
-import resource, sys, numpy as np, jax
+import sys, threading, time, jax
 from flax import nnx
 from pyvdl.models import load_pretrained
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-jax.block_until_ready(jax.numpy.zeros(8))
+def now():
+    # Of its own: pages of the mapped files are the system's, which takes them back when it wants to.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+def watch():
+    while not done.wait(0.001):
+        seen.append(now())
 load_pretrained(sys.argv[1])  # libraries, and the programs of the small model
-before = peak()
+before, seen, done = now(), [], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
 model = load_pretrained(sys.argv[2], dtype="float32")
 jax.block_until_ready(nnx.state(model))
+done.set()
+watcher.join()
 stay = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-print(peak() - before, stay)
+print(max(seen) - before, stay)
 """
 
 
@@ -386,4 +394,4 @@ def test_memory_of_loading(tmp_path: Path) -> None:
     grown, stay = map(int, done.stdout.split())
     largest = 40_000 * 512 * 4
     assert stay > 2.5 * largest
-    assert grown < stay + 1.3 * largest, (grown / 2**20, stay / 2**20)
+    assert 0.9 * stay < grown < stay + 1.3 * largest, (grown / 2**20, stay / 2**20)
