@@ -162,7 +162,7 @@ def bucket(length: int) -> int:
 
 
 def _as_tuple(end_ids: int | Sequence[int]) -> tuple[int, ...]:
-    ends = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
+    ends = (int(end_ids),) if isinstance(end_ids, int | np.integer) else tuple(map(int, end_ids))
     if not ends:
         raise ValueError("end_ids must hold at least one id, not ()")
     return ends

@@ -236,7 +236,7 @@ def test_text_alone(t5: VLM, clips: tuple[Any, Any]) -> None:
 
 
 def test_several_end_ids_and_another_padding(t5: VLM, clips: tuple[Any, Any]) -> None:
-    one = drawn(t5, clips)
+    one = drawn(t5, clips, end_ids=np.int64(1))
     out = drawn(t5, clips, end_ids=(1, 7, 12), pad_id=3)
     for text, whole, length in zip(*(np.asarray(x).reshape(12, -1) for x in (out.tokens, one.tokens, out.lengths))):
         ends = np.flatnonzero(np.isin(whole, (1, 7, 12)))

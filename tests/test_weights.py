@@ -211,9 +211,15 @@ def test_what_is_no_checkpoint_is_refused(clip: tuple[DualEncoder, Path], tmp_pa
     save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"config\.json: feed_forward_proj 'relu': only gated-gelu"):
         load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "t5", "feed_forward_proj": "gated-gelu"}')
-    with pytest.raises(ValueError, match=r"config\.json does not say 'vocab_size'"):
-        load_pretrained(tmp_path)
+    for more, told in (
+        ({}, "tie_word_embeddings true: the logits are scaled"),
+        ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, "the logits are scaled"),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, r"config\.json does not say 'vocab_size'"),
+    ):
+        described = {"model_type": "t5", "feed_forward_proj": "gated-gelu", **more}
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match=told):
+            load_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
         load_pretrained(tmp_path)

@@ -171,6 +171,9 @@ def t5(config: Mapping[str, Any], dtype: Dtype) -> T5Config:
     activations: dict[str, Any] = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
     if feed_forward not in activations:
         raise ValueError(f"feed_forward_proj {feed_forward!r}: only {', '.join(activations)} are read, not T5 v1.0")
+    # transformers 5 says by its own name what older ones said by that of the tie.
+    if config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)):
+        raise ValueError("tie_word_embeddings true: the logits are scaled as in T5 v1.0, which is not read")
     return T5Config(
         vocab_size=config["vocab_size"],
         width=config["d_model"],
