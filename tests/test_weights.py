@@ -139,6 +139,11 @@ def test_openai_names_and_settings(clip: tuple[DualEncoder, Path], tmp_path: Pat
     del settings["model_cfg"]["quick_gelu"]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     assert load_pretrained(tmp_path).config.text.activation == "gelu"  # type: ignore[union-attr]
+    for part, name, value in (("vision_cfg", "pool_type", "avg"), ("text_cfg", "no_causal_mask", True)):
+        changed = settings["model_cfg"] | {part: settings["model_cfg"][part] | {name: value}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": changed}))
+        with pytest.raises(ValueError, match=f"{name} {value!r} in open_clip_config.json"):
+            load_pretrained(tmp_path)
 
 
 def test_all_faults_are_told_at_once(clip: tuple[DualEncoder, Path], tmp_path: Path) -> None:

@@ -219,6 +219,15 @@ def openai_clip(shapes: Shapes, settings: Mapping[str, Any], dtype: Dtype) -> Du
     vocab, text_width = shapes["token_embedding.weight"]
     model = settings.get("model_cfg", {})
     vision, text, pixels = model.get("vision_cfg", {}), model.get("text_cfg", {}), settings.get("preprocess_cfg", {})
+    # Of OpenCLIP's variants of the towers these alone show in no array.
+    for part, name, read in (
+        (vision, "pool_type", ("tok",)),
+        (vision, "final_ln_after_pool", (False,)),
+        (text, "pool_type", ("argmax", "eos")),
+        (text, "no_causal_mask", (False,)),
+    ):
+        if part.get(name, read[0]) not in read:
+            raise ValueError(f"{name} {part[name]!r} in open_clip_config.json: only {read[0]!r} is read")
     # OpenAI's own have quick_gelu; OpenCLIP's only where they say so.
     activation: Any = "quick_gelu" if model.get("quick_gelu", not settings) else "gelu"
     return DualEncoderConfig(
