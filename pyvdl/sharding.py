@@ -274,7 +274,8 @@ def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
         return kernels.attention(q, k, v, **fixed, **arrays)
 
     whole = {name: jnp.asarray(x) for name, x in arrays.items()}
-    return jax.shard_map(call, in_specs=(own, others, others, specs), out_specs=own)(q, k, v, whole)
+    # Unchecked: JAX's splash kernel does not tell over which axes its outputs differ.
+    return jax.shard_map(call, in_specs=(own, others, others, specs), out_specs=own, check_vma=False)(q, k, v, whole)
 
 
 def contrastive_loss(
