@@ -70,8 +70,6 @@ def _backward_bytes(p: _Cut, size: int) -> int:
 def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | None:
     """The reason, in words, why the kernel does not take this; None if it does. Options: of `attention.attention`."""
     bias, heads, head_dim = options["bias"], *q.shape[2:]
-    if bias is None:
-        return "takes a bias here"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {q.dtype}"
     if 0 in q.shape or 0 in k.shape:
