@@ -75,6 +75,7 @@ def test_an_exported_gemma2_has_the_settings_that_transformers_takes(tmp_path: P
     scalar = settings["text_config"]["query_pre_attn_scalar"]
     assert (scalar, type(scalar)) == (10, int)
     assert settings["image_token_index"] == settings["text_config"]["vocab_size"]
+    assert settings["eos_token_id"] == 1  # transformers' generate ends there
     assert isinstance(model.config, VLMConfig)
     assert isinstance(model.config.language, GemmaConfig)
     language = dataclasses.replace(model.config.language, query_scale=0.3)

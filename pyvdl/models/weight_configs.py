@@ -445,6 +445,10 @@ def to_paligemma(config: VLMConfig) -> dict[str, Any]:
         "projection_dim": language.width,
         # The first id behind the tokenizer's; where the embedding ends before it, behind the embedding: no text has it.
         "image_token_index": min(257_152, language.vocab_size),
+        # Of every Gemma; without them transformers' generate does not end a text.
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
         "vision_config": vision,
         "text_config": text | {"num_image_tokens": config.vision.num_patches},
     }
