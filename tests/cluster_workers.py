@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -32,9 +33,10 @@ class Frail(Captioner):
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
         for rows in super().rows(batches, **names):
             self._batches += 1
-            if self._batches == 4 and not (self._scars / "killed").exists():
-                (self._scars / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self._batches == 4:
+                with contextlib.suppress(FileExistsError):  # two workers can be here at once, and one is to be killed
+                    (self._scars / "killed").touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
             if POISON in [row.key for row in rows]:
                 with (self._scars / "poisoned").open("a") as file:
                     file.write(f"{os.getpid()}\n")
