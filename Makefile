@@ -43,8 +43,9 @@ build/libtpu/.made: constraints.txt | env
 
 libtpu: build/libtpu/.made
 
+# A process holds up to 2 GiB; those of a file share what its fixtures set up.
 test: lint libtpu
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # The reference implementation has an environment of its own. PyTorch's build for CPUs does, where pip can be led to it.
 PYTHON ?= python3.12

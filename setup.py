@@ -49,6 +49,7 @@ EXTRAS = {
     "s3": ["s3fs>=2025.3"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.14",
