@@ -16,6 +16,7 @@ from pyvdl.checks import real, whole
 type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 
 _INT64 = (1 << 63) - 1
+_SCHEME_END = "://"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _INSIDE = re.compile(r"(?:tar|array)://.*::(.*)", re.DOTALL)  # as fsspec writes it: what is in a file::its path
 VIDEO_SUFFIXES = frozenset(
@@ -109,7 +110,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 def file_path(video: str) -> str:
     """The path or URL of what holds the video: itself, or the tar file or array that it is in."""
-    inside = _INSIDE.fullmatch(video)
+    inside = _INSIDE.fullmatch(video) if _SCHEME_END in video else None  # jobs ask for millions
     return inside[1] if inside else video
 
 
@@ -121,7 +122,7 @@ def with_file_path(video: str, change: Callable[[str], str]) -> str:
 
 def absolute(video: str) -> str:
     """The name with a path, however it was spelled, from the root on; a URL as it is. Links are not followed."""
-    return with_file_path(video, os.path.abspath)
+    return with_file_path(video, os.path.abspath) if _SCHEME_END in video else os.path.abspath(video)
 
 
 def read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:
