@@ -40,7 +40,8 @@ if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.
 fi
 
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-uv=(.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt)
+# Compiled here once: where Python is told to write no bytecode, each process would spend two seconds on JAX's alone.
+uv=(.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt)
 "${uv[@]}" "setuptools>=77" "nanobind>=3.1" "cmake>=3.25" ninja
 PATH="$PWD/.venv/bin:$PATH" "${uv[@]}" --no-build-isolation --editable ".[text,eval,stats,demo,parquet,llm,ray,s3,dev]"
 touch .venv/.made
