@@ -121,7 +121,7 @@ def run_shards(
 
 @contextlib.contextmanager
 def _searched_seldom() -> Iterator[None]:
-    """Python looks for garbage in cycles less often. Rows are none, but set it off, which took a third of their time."""
+    """Python looks for garbage in cycles less often: rows are none, but set that off, a quarter of what they cost."""
     before = gc.get_threshold()
     gc.set_threshold(_OBJECTS)
     try:
