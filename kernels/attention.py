@@ -308,7 +308,10 @@ def _space_time(call: _Call, q: Array, k: Array, v: Array) -> Array:
 
 
 def _space_time_fwd(call: _Call, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in _forward(call, q, k, v))
+    out, lse = _forward(call, q, k, v)
+    # Kept with heads side by side, as the kernels have it: a TPU pads the last dimension of what it stores to 128.
+    flat = checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION_RESIDUALS)
+    out, lse = flat.reshape(out.shape), checkpoint_name(lse, ATTENTION_RESIDUALS)
     return out, (q, k, v, out, lse)
 
 

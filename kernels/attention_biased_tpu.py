@@ -146,9 +146,8 @@ def _forward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any
 
 def _backward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, *refs: Any, p: _Cut) -> None:
     bias_refs, refs = refs[: p.together], refs[p.together :]
-    (dq_ref, dk_ref, dv_ref), dbias_refs, refs = refs[:3], refs[3 : 3 + p.together], refs[3 + p.together :]
-    bias, weights, dweights, kt, dk, dv, dbias = refs
-    part, clip = pl.program_id(1), pl.program_id(2)
+    dq_ref, dk_ref, dv_ref, whole_dbias, bias, weights, dweights, kt, dk, dv, dbias, ready, sent = refs
+    tile, part, clip = (pl.program_id(axis) for axis in range(3))
     length = lengths[clip]
 
     @pl.when(clip == 0)
@@ -196,11 +195,18 @@ def _backward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: A
         dk_ref[0] = dk[clip].astype(dk_ref.dtype)
         dv_ref[0] = dv[clip].astype(dv_ref.dtype)
 
+    def send(u: int) -> Any:
+        rows = pl.ds(part * p.columns, p.columns)
+        return pltpu.make_async_copy(ready.at[u], whole_dbias.at[tile * p.together + u, rows], sent.at[u])
+
     @pl.when(clip == p.batch - 1)
     def _() -> None:
         for u in range(p.together):
+            pl.when((tile > 0) | (part > 0))(send(u).wait)  # for the part before: all are of one size
             for start, n in pieces(p.rows, LANES):
-                dbias_refs[u][0, :, start : start + n] = dbias[u, start : start + n, :].T.astype(dbias_refs[u].dtype)
+                ready[u, :, start : start + n] = dbias[u, start : start + n, :].T.astype(ready.dtype)
+            send(u).start()
+            pl.when((tile == p.grid[0] - 1) & (part == p.grid[1] - 1))(send(u).wait)
 
 
 def _own(p: _Cut, x: Array, u: int) -> Array:
@@ -223,12 +229,12 @@ def _specs(p: _Cut) -> dict[str, pl.BlockSpec]:
         "lengths": pl.BlockSpec(memory_space=pltpu.SMEM),
         "queries": pl.BlockSpec((1, p.columns, LANES), lambda g, i, b: (b, i, g)),
         "keys": pl.BlockSpec((1, p.rows, LANES), lambda g, i, b: (b, 0, g)),
-        # Of the whole bias [N, S, K], whose heads of a tile are taken one by one, and of a gradient [N / tile, S, K].
+        # Of the whole bias [N, S, K], whose heads of a tile are taken one by one.
         **{
             f"bias {u}": pl.BlockSpec((1, p.columns, p.rows), lambda g, i, b, u=u: (g * p.together + u, i, 0))
             for u in range(p.together)
         },
-        "dbias": pl.BlockSpec((1, p.columns, p.rows), lambda g, i, b: (g, i, 0)),
+        "dbias": pl.BlockSpec(memory_space=pltpu.HBM),
         # Until the sums are whole, one block stands for all.
         "sums": pl.BlockSpec((1, p.rows, LANES), lambda g, i, b: (jnp.where(i == p.grid[1] - 1, b, 0), 0, g)),
     }
@@ -289,18 +295,23 @@ def _backward(
     flat = _flat(q, k, v)
     bias_scratch, scores, transposed = _scratch(p, q.dtype)
     sums = pltpu.VMEM((p.batch, p.rows, LANES), jnp.float32)
-    of_bias = shape_like(q, (p.heads // p.together, p.queries, p.keys), bias.dtype)
-    dq, dk, dv, *dbias = _call(
+    # The heads of a tile go to HBM one by one, into one array: put together by XLA, several would be copied twice.
+    ready = pltpu.VMEM((p.together, p.columns, p.rows), bias.dtype)
+    of_bias = shape_like(q, (p.heads, p.grid[1] * p.columns, p.rows), bias.dtype)
+    dq, dk, dv, dbias = _call(
         _backward_kernel,
         p,
         ["lengths", "queries", "keys", "keys", "queries", *_biases(p)],
-        ["queries", "sums", "sums", *["dbias"] * p.together],
-        scratch_shapes=(bias_scratch, scores, scores, transposed, sums, sums, bias_scratch),
-        out_shape=[*(shape_like(q, x.shape, x.dtype) for x in flat), *[of_bias] * p.together],
+        ["queries", "sums", "sums", "dbias"],
+        scratch_shapes=(
+            *(bias_scratch, scores, scores, transposed, sums, sums, bias_scratch),
+            *(ready, pltpu.SemaphoreType.DMA((p.together,))),
+        ),
+        out_shape=[*(shape_like(q, x.shape, x.dtype) for x in flat), of_bias],
         name="biased_attention_backward",
     )(jnp.minimum(lengths, p.keys), *flat, *_flat(do), *[bias[0]] * p.together)
     grads = (x.reshape(like.shape) for x, like in zip((dq, dk, dv), (q, k, v), strict=True))
-    return *grads, jnp.stack(dbias, axis=1).reshape(bias.shape)
+    return *grads, dbias[None, :, : p.queries, : p.keys]
 
 
 class _Options(NamedTuple):

@@ -246,7 +246,24 @@ def space_time_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
     if mesh is None:
         return call(q, k, v)
     spec = PartitionSpec(_batch_axes(mesh, q.shape[0]), None, _head_axis(mesh, q.shape[2]))
-    return jax.shard_map(call, in_specs=(spec,) * 3, out_specs=spec)(q, k, v)
+
+    head_dim = q.shape[3]
+
+    def local(*parts: Array) -> Array:
+        return _flat(call(*(_heads(part, head_dim) for part in parts)))
+
+    return _heads(jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec)(*map(_flat, (q, k, v))), head_dim)
+
+
+def _flat(x: Array) -> Array:
+    """[B, S, N, D] -> [B, S, N * D]. Arrays cross the border of a `shard_map` so: XLA does not see through it that what
+    is reshaped on both sides stays as it was, and a TPU lays out [N, D] anew."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _heads(x: Array, head_dim: int) -> Array:
+    """[B, S, N * D] -> [B, S, N, D]."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
 
 
 def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
@@ -268,14 +285,16 @@ def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
         else PartitionSpec(rows if x.ndim else None)
         for name, x in arrays.items()
     }
+    head_dim = q.shape[3]
     own, others = PartitionSpec(rows, None, heads), PartitionSpec(rows, None, key_heads)
 
-    def call(q: Array, k: Array, v: Array, arrays: dict[str, Array]) -> Array:
-        return kernels.attention(q, k, v, **fixed, **arrays)
+    def local(q: Array, k: Array, v: Array, arrays: dict[str, Array]) -> Array:
+        return _flat(kernels.attention(*(_heads(x, head_dim) for x in (q, k, v)), **fixed, **arrays))
 
     whole = {name: jnp.asarray(x) for name, x in arrays.items()}
     # Unchecked: JAX's splash kernel does not tell over which axes its outputs differ.
-    return jax.shard_map(call, in_specs=(own, others, others, specs), out_specs=own, check_vma=False)(q, k, v, whole)
+    split = jax.shard_map(local, in_specs=(own, others, others, specs), out_specs=own, check_vma=False)
+    return _heads(split(_flat(q), _flat(k), _flat(v), whole), head_dim)
 
 
 def contrastive_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,32 @@ class Mlp(nnx.Module):
         return self.down(checkpoint_name(ACTIVATIONS[self.activation](self.up(x)), _HIDDEN))
 
 
+def products(x: Array, matrix: Array, parts: int | Sequence[int]) -> list[Array]:
+    """x [..., S, E] times each part of a matrix [E, F], cut as by `jnp.split` -> [..., S, F of the part] each.
+
+    Part by part: to cut one product, and to join its gradients, are passes over memory of their own on a TPU. x [R, E],
+    the next token of each text, takes one product: there the matrix is what is read, and its parts would be copies.
+    """
+    matrix = matrix.astype(x.dtype)
+    if x.ndim == 2:
+        return jnp.split(x @ matrix, parts, axis=-1)
+    return [x @ part for part in jnp.split(matrix, parts, axis=-1)]
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    """x [..., E] + bias [E], in x's type; the bias's gradient is summed in its own: a sum of bfloat16 that stands by
+    itself takes a TPU twice as long."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias: Array, dx: Array) -> tuple[Array, Array]:
+    return dx, jnp.sum(dx, axis=range(dx.ndim - 1), dtype=bias.dtype)
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
+
+
 class Mixer(nnx.Module):
     """Norm and multi-head attention with a fused query, key and value projection; without the residual.
 
@@ -147,8 +173,10 @@ class Mixer(nnx.Module):
         """x [B, S, E]; `attend` maps q, k, v [B, S, N, D] to [B, S, N, D]."""
         batch, tokens, width = x.shape
         shape = (batch, tokens, self.num_heads, width // self.num_heads)
-        # Cut before heads have an axis: the kernels for TPUs take [B, S, N * D], and nothing is laid out in between.
-        q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(self.norm(x)), 3, axis=-1))
+        assert self.qkv.bias is not None  # for the type checker
+        parts = zip(products(self.norm(x), self.qkv.kernel[...], 3), jnp.split(self.qkv.bias[...], 3))
+        # Kept for the backward pass with their biases, as it needs them.
+        q, k, v = (checkpoint_name(_add_bias(*part), ATTENTION_RESIDUALS).reshape(shape) for part in parts)
         return self.out(attend(q, k, v).reshape(batch, tokens, width))
 
 
@@ -246,6 +274,7 @@ __all__ = [
     "RelativeBias",
     "Stack",
     "attention",
+    "products",
     "relative_buckets",
     "space_time_attention",
     "take_samples",

@@ -17,7 +17,7 @@ from jax import Array
 
 from pyvdl.config import T5Config
 
-from .layers import ACTIVATIONS, RelativeBias, Stack, attention, take_samples, valid_lengths
+from .layers import ACTIVATIONS, RelativeBias, Stack, attention, products, take_samples, valid_lengths
 
 # Deviation of the initial position biases. At T5's own width**-0.5 a short training cannot move them far enough for
 # heads to look at chosen distances, and does not learn in which order things stand; checkpoints bring their own.
@@ -55,7 +55,7 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, S, E] -> [B, S, E], without the residual."""
-        gate, value = jnp.split(self.norm(x) @ self.up[...].astype(x.dtype), 2, axis=-1)
+        gate, value = products(self.norm(x), self.up[...], 2)
         return (ACTIVATIONS[self.activation](gate) * value) @ self.down[...].astype(x.dtype)
 
 
@@ -71,7 +71,7 @@ class SelfAttention(nnx.Module):
 
     def project(self, x: Array) -> list[Array]:
         """[..., E] -> q, k, v [..., N * D]."""
-        return jnp.split(self.norm(x) @ self.qkv[...].astype(x.dtype), 3, axis=-1)
+        return products(self.norm(x), self.qkv[...], 3)
 
     def merge(self, mixed: Array) -> Array:
         """[..., N * D] -> [..., E]."""
@@ -94,8 +94,10 @@ class CrossAttention(nnx.Module):
 
     def keys_values(self, memory: Array) -> tuple[Array, Array]:
         """[B, S, E] -> k, v [B, S, N, D]."""
-        kv = (memory @ self.key_value[...].astype(memory.dtype)).reshape(*memory.shape[:2], 2, *self.heads)
-        return kv[:, :, 0], kv[:, :, 1]
+        # One product: apart, what is kept of them would have the shape of what the encoder keeps, and XLA for TPUs
+        # would fill all that with zeros first.
+        keys, values = jnp.split(memory @ self.key_value[...].astype(memory.dtype), 2, axis=-1)
+        return keys.reshape(*memory.shape[:2], *self.heads), values.reshape(*memory.shape[:2], *self.heads)
 
     def __call__(self, x: Array, keys: Array, values: Array, lengths: Array) -> Array:
         """x [B * n, ..., E] looks at keys and values [B, S, N, D], of which `lengths` int32[B] are valid -> as x."""
