@@ -61,8 +61,8 @@ def _cut(q: Array, k: Array, scale: float) -> _Cut:
 def _backward_bytes(p: _Cut, size: int) -> int:
     """VMEM of the backward kernel, which holds more than the forward one."""
     scores = 4 * p.rows * p.columns
-    # The bias and its gradient in two blocks each and transposed; scores, weights and their gradients.
-    of_scores = p.together * scores * 6 + 4 * scores
+    # The bias in two blocks and transposed, its gradient so and as it is sent; scores, weights and their gradients.
+    of_scores = p.together * scores * 5 + 4 * scores
     # q, k, v, do, dq, dk and dv in two blocks each, K transposed, and the sums of dk and dv of all clips.
     return of_scores + LANES * p.rows * (15 * size + 8 * p.batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -119,16 +119,16 @@ class Mlp(nnx.Module):
         return self.down(checkpoint_name(ACTIVATIONS[self.activation](self.up(x)), _HIDDEN))
 
 
-def products(x: Array, matrix: Array, parts: int | Sequence[int]) -> list[Array]:
-    """x [..., S, E] times each part of a matrix [E, F], cut as by `jnp.split` -> [..., S, F of the part] each.
+def products(x: Array, matrix: Array, count: int) -> list[Array]:
+    """x [..., S, E] times each of `count` equal parts of a matrix [E, count * F] -> [..., S, F] each.
 
     Part by part: to cut one product, and to join its gradients, are passes over memory of their own on a TPU. x [R, E],
     the next token of each text, takes one product: there the matrix is what is read, and its parts would be copies.
     """
     matrix = matrix.astype(x.dtype)
     if x.ndim == 2:
-        return jnp.split(x @ matrix, parts, axis=-1)
-    return [x @ part for part in jnp.split(matrix, parts, axis=-1)]
+        return jnp.split(x @ matrix, count, axis=-1)
+    return [x @ part for part in jnp.split(matrix, count, axis=-1)]
 
 
 @jax.custom_vjp
