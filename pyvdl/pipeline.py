@@ -123,7 +123,7 @@ def run_shards(
 def _searched_seldom() -> Iterator[None]:
     """Python looks for garbage in cycles less often: rows are none, but set that off, a quarter of what they cost."""
     before = gc.get_threshold()
-    gc.set_threshold(_OBJECTS)
+    gc.set_threshold(before[0] and max(before[0], _OBJECTS))  # 0: never
     try:
         yield
     finally:

@@ -246,7 +246,6 @@ def space_time_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
     if mesh is None:
         return call(q, k, v)
     spec = PartitionSpec(_batch_axes(mesh, q.shape[0]), None, _head_axis(mesh, q.shape[2]))
-
     head_dim = q.shape[3]
 
     def local(*parts: Array) -> Array:

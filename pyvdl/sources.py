@@ -116,13 +116,15 @@ def file_path(video: str) -> str:
 
 def with_file_path(video: str, change: Callable[[str], str]) -> str:
     """The name of the video with its file's path changed; what lies at a URL keeps its name."""
+    if _SCHEME_END not in video:
+        return change(video)
     path = file_path(video)
     return video if is_url(path) else video.removesuffix(path) + change(path)
 
 
 def absolute(video: str) -> str:
     """The name with a path, however it was spelled, from the root on; a URL as it is. Links are not followed."""
-    return with_file_path(video, os.path.abspath) if _SCHEME_END in video else os.path.abspath(video)
+    return with_file_path(video, os.path.abspath)
 
 
 def read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:

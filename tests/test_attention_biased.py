@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pyvdl.kernels import attention, attention_biased_tpu
+from tests.test_contrastive_tpu import no_races
 
 
 def arrays(batch: int, queries: int, keys: int, heads: int, head_dim: int, dtype: str = "float32") -> list[jax.Array]:
@@ -48,7 +49,7 @@ def pulled(call: Callable[..., jax.Array], inputs: list[jax.Array]) -> list[np.n
     ("shape", "lengths", "dtype"),
     [
         ((2, 130, 200, 4, 64), [200, 70], "float32"),  # two steps of heads, the last rows past the arrays
-        ((3, 300, 129, 1, 128), [0, 129, 1], "float32"),  # two steps of queries, a clip without a key
+        ((3, 300, 129, 2, 128), [0, 129, 1], "float32"),  # two steps of heads and of queries, a clip without a key
         ((1, 128, 128, 4, 32), None, "bfloat16"),
     ],
 )
@@ -60,6 +61,7 @@ def test_kernels_in_the_interpreter(
     options = {"scale": 0.3, "kv_lengths": None if lengths is None else jnp.array(lengths)}
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
         got = results("pallas_tpu", inputs, **options)
+        assert no_races()
     tolerance = {"float32": 2e-5, "bfloat16": 6e-2}[dtype]
     for x, wanted in zip(got, results("reference", inputs, **options), strict=True):
         np.testing.assert_allclose(x, wanted, atol=tolerance, rtol=tolerance)
