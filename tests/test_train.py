@@ -66,15 +66,14 @@ class Model(nnx.Module):
 
 
 class Source:
-    """Batches that follow from their number alone; `seconds` slows each one down."""
+    """Batches that follow from their number alone."""
 
-    def __init__(self, seconds: float = 0.0, length: int = 10**9) -> None:
-        self.number, self.seconds, self.length = 0, seconds, length
+    def __init__(self, length: int = 10**9) -> None:
+        self.number, self.length = 0, length
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self.number == self.length:
             raise StopIteration
-        time.sleep(self.seconds)
         x = np.random.default_rng(self.number).normal(size=(8, 6)).astype(np.float32)
         self.number += 1
         return {"x": x, "y": np.tanh(x[:, :1] - x[:, 1:2]), "index": np.arange(8)}
@@ -453,12 +452,27 @@ def test_waiting_counts_from_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch
     assert 0 < history.wait_seconds <= history.seconds - 3 * 0.05
 
 
+class Held(Source):
+    """Gives its tenth batch when there is a file at `path`: no run of 12 steps ends before."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while self.number == 9 and not self.path.exists():
+            time.sleep(0.01)
+        return super().__next__()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_same_command_goes_on_after_a_signal(
     how: signal.Signals, uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path
 ) -> None:
+    go_on = tmp_path / "go on"
+
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, __file__, str(tmp_path), "0.05"]
+        command = [sys.executable, __file__, str(tmp_path), str(go_on)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -468,10 +482,10 @@ def test_the_same_command_goes_on_after_a_signal(
         assert time.monotonic() < waited
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.12)  # a step or two past the first line, which is that of step 4
     process.send_signal(how)
+    go_on.touch()
     output, errors = process.communicate(timeout=60)
-    assert "steps done" not in output, "the run was over before the signal came"
+    assert "steps done" not in output
     if how == signal.SIGTERM:
         assert process.returncode == 0, errors
         steps = metric_steps(tmp_path)
@@ -489,7 +503,7 @@ def test_the_same_command_goes_on_after_a_signal(
 
 def test_four_devices_give_the_same_losses(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, __file__, str(tmp_path), "0"]
+    command = [sys.executable, __file__, str(tmp_path)]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
     devices, losses = output.split()[-2:]
     assert devices == "4"
@@ -579,7 +593,7 @@ def test_a_batch_of_failed_clips_alone_teaches_nothing(bias: float | None) -> No
 
 
 if __name__ == "__main__":
-    done, _ = run(Path(sys.argv[1]), source=Source(seconds=float(sys.argv[2])))
+    done, _ = run(Path(sys.argv[1]), source=Held(Path(sys.argv[2])) if len(sys.argv) > 2 else Source())
     print("steps done", jax.device_count(), done.losses.tobytes().hex())
 
 
