@@ -90,6 +90,9 @@ class _FreeModel:
     def __init__(self, clip: ClipConfig, batch_size: int) -> None:
         self.clip, self.batch_size = clip, batch_size
 
+    def groups(self, records: Sequence[Record]) -> list[list[int]]:
+        return [list(range(len(records)))]
+
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
         for batch in batches:
             batch.release()
@@ -232,7 +235,7 @@ def generate_alone(captioner: Captioner, frames: np.ndarray, job: Job) -> None:
     for records in (work[i : i + BATCH] for work in works for i in range(0, len(work), BATCH)):
         seeds = np.zeros(BATCH, np.uint32)
         seeds[: len(records)] = [clip_seed(record, captioner.seed) for record in records]
-        samples = generate(captioner.model, frames, captioner.prompts, seeds=seeds, **captioner.drawing)
+        samples = generate(captioner.model, frames, captioner.prompts(records), seeds=seeds, **captioner.drawing)
         if previous is not None:
             np.asarray(previous.tokens)
         previous = samples

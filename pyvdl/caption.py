@@ -1,8 +1,8 @@
 """Captions clips with a video-language model: one row a clip, several samples a row, shards that can be resumed.
 
 A clip's captions depend on the clip, its key and the job's seed: not on its neighbours in the batch, nor on which
-process captioned it, nor on what was killed before. Every batch of a job has one shape, and none reaches over two
-shards, so that this holds to the last bit.
+process captioned it, nor on what was killed before. Every batch of a job has one shape, or one of a few where clips have their
+own prompts, and none reaches over two shards, so that this holds to the last bit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pyvdl.arrays import clip_loader
+from pyvdl.clip_prompts import ClipPrompt, Prompts
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.filters import ClipScorer, Filters, Sample, reasons, recorded
-from pyvdl.generate import Samples, generate
+from pyvdl.generate import Samples, bucket, generate
 from pyvdl.jobs import carried
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
@@ -36,8 +37,6 @@ from pyvdl.sharding import BATCH_AXES, batch_sharding, host_pieces, put, tree_sh
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.video import ClipRequest
-
-_MAX_PROMPT_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +77,6 @@ def clip_seed(record: Record, seed: int) -> int:
     """The uint32 seed of one clip in a job with `seed`: a stable hash of the clip's name and times."""
     name = f"{seed}\0{record.key}\0{record.start_seconds!r}\0{record.end_seconds!r}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
-    """int32[N, L] with L as short as the longest prompt allows: one shape for the set, whatever the batches."""
-    ids = tokenizer.encode_prompts(prompts, _MAX_PROMPT_TOKENS)
-    return ids[:, : max(1, int((ids != tokenizer.pad_id).sum(1).max(initial=0)))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +124,9 @@ class _Drawn:
 class Captioner:
     """A model ready to caption: what it is told, how it draws, and on which devices of this process.
 
+    prompt: `{NAME}` in it is the clip's column of that name, or its key; a clip without it is a failed row. Clips whose
+    prompts are padded to the same length are captioned together.
+
     The captions are drawn with nucleus sampling (`temperature` 0 is greedy), `num_samples` of at most `max_length`
     tokens. mesh: of devices of this process; the model and each batch are split over it.
 
@@ -161,13 +157,12 @@ class Captioner:
             raise ValueError(f"min_clip_score={filters.min_clip_score}: expected a dual encoder to score captions by")
         if clip.size != model.config.vision.image_size:
             raise ValueError(f"clip size {clip.size}: this model reads {model.config.vision.image_size} pixels")
-        self.clip, self.prompt, self.seed, self.batch_size = clip, prompt, seed, batch_size
+        self.clip, self.seed, self.batch_size = clip, seed, batch_size
         self.tokens = 0  # drawn so far
         self.model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self.drawing: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length}
         self.drawing |= {"temperature": temperature, "top_p": top_p}
-        ids = encode_prompts(tokenizer, [prompt])
-        self.prompts = np.broadcast_to(ids, (batch_size, ids.shape[1]))
+        self._prompts = Prompts(tokenizer, prompt)
         if mesh is not None:
             check_shares(batch_size, mesh)
             graphdef, state = nnx.split(model)
@@ -178,7 +173,7 @@ class Captioner:
 
     def recipe(self) -> dict[str, Any]:
         """All that the captions depend on besides the clips; the batch size in their last bits."""
-        asked = {"prompt": self.prompt, "seed": self.seed, "batch_size": self.batch_size} | self.drawing
+        asked = {"prompt": self._prompts.template, "seed": self.seed, "batch_size": self.batch_size} | self.drawing
         asked |= {"model_sha256": model_digest(self.model, self._tokenizer), "clip": dataclasses.asdict(self.clip)}
         if self._filters is not None:
             asked["filters"] = recorded(self._filters)
@@ -186,12 +181,40 @@ class Captioner:
             asked["clip_score_sha256"] = model_digest(self._scorer.model, self._scorer.tokenizer)
         return asked
 
+    def groups(self, records: Sequence[Record]) -> list[list[int]]:
+        """Which of `records` may be in one batch: those whose prompts are padded to the same length."""
+        if not self._prompts.columns:
+            return [list(range(len(records)))]
+        found: dict[int, list[int]] = {}
+        for i, record in enumerate(records):
+            found.setdefault(bucket(len(self._prompt(record).ids)), []).append(i)
+        return [found[length] for length in sorted(found)]
+
+    def prompts(self, records: Sequence[Record]) -> np.ndarray:
+        """int32[batch_size, L]: what the model is told beside each clip of a batch, and the rows that fill it up."""
+        ids = [self._prompt(record).ids for record in records]
+        told = np.zeros((self.batch_size, max(map(len, ids))), np.int32)
+        for row, found in zip(told, ids):
+            row[: len(found)] = found
+        told[len(ids) :] = told[0]
+        return told
+
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[CaptionRow]]:
         """The rows of each batch. One batch turns into text while the device works on the next.
 
         names: what else is said in each row, model_sha256 and recipe_sha256.
         """
-        return overlapped(batches, self._draw, lambda batch, drawn: self._told(batch, drawn, names))
+        return overlapped(map(self._asked, batches), self._draw, lambda batch, drawn: self._told(batch, drawn, names))
+
+    def _asked(self, batch: Decoded) -> Decoded:
+        """With the errors of prompts."""
+        if not self._prompts.columns:
+            return batch
+        errors = [error or self._prompt(record).error for record, error in zip(batch.records, batch.errors)]
+        return dataclasses.replace(batch, errors=errors)
+
+    def _prompt(self, record: Record) -> ClipPrompt:
+        return self._prompts.of(carried(record) | {"key": record.key} if self._prompts.columns else {})
 
     def _draw(self, batch: Decoded) -> _Drawn:
         seeds = np.zeros(self.batch_size, np.uint32)
@@ -200,7 +223,7 @@ class Captioner:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._mesh is not None:
                 frames = jax.device_put(frames, batch_sharding(self._mesh))
-            samples = generate(self.model, frames, self.prompts, seeds=seeds, **self.drawing)
+            samples = generate(self.model, frames, self.prompts(batch.records), seeds=seeds, **self.drawing)
         return _Drawn(samples, None if self._scorer is None else self._scorer.embed(frames))
 
     def _told(self, batch: Decoded, drawn: _Drawn | None, names: dict[str, str]) -> list[CaptionRow]:
@@ -219,7 +242,7 @@ class Captioner:
                     end_seconds=record.end_seconds,
                     captions=[sample.text for sample in kept],
                     log_probs=[sample.log_prob for sample in kept],
-                    prompt=self.prompt,
+                    prompt=self._prompt(record).text,
                     status="ok" if error is None else "failed",
                     error=error,
                     seed=clip_seed(record, self.seed),
@@ -280,22 +303,30 @@ def caption_records(
     if not records:
         return
     captioner = Captioner(model, tokenizer, clip=clip, batch_size=min(batch_size, len(records)), **options)
-    batches = clip_batches(
-        records, clip=clip, batch_size=captioner.batch_size, num_threads=num_threads, prefetch=prefetch
-    )
-    done = 0
+    waiting: dict[int, CaptionRow] = {}  # for those before them
+    done = told = 0
+    for group in captioner.groups(records):
+        own = [records[i] for i in group]
+        places = iter(group)
+        batches = clip_batches(
+            own, clip=clip, batch_size=captioner.batch_size, num_threads=num_threads, prefetch=prefetch
+        )
+        with closing(batches):
+            for rows in captioner.rows(_decoded(own, batches)):
+                for row in rows:
+                    waiting[next(places)] = row
+                done += len(rows)
+                if progress is not None:
+                    progress(done, len(records))
+                while told in waiting:
+                    yield waiting.pop(told)
+                    told += 1
 
-    def decoded() -> Iterator[Decoded]:
-        for batch in batches:
-            found = [records[i] for i in batch.index if i >= 0]
-            yield Decoded(records=found, data=batch.data, errors=batch.errors[: len(found)])
 
-    with closing(batches):
-        for rows in captioner.rows(decoded()):
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(records))
-            yield from rows
+def _decoded(records: Sequence[Record], batches: Iterable[ClipRows]) -> Iterator[Decoded]:
+    for batch in batches:
+        found = [records[i] for i in batch.index if i >= 0]
+        yield Decoded(records=found, data=batch.data, errors=batch.errors[: len(found)])
 
 
 def model_digest(model: nnx.Module, tokenizer: Tokenizer | None) -> str:

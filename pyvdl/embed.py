@@ -6,7 +6,7 @@ As with captions, a clip's row does not depend on its neighbours, nor on who mad
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from pyvdl.caption import Decoded, check_shares, model_digest, overlapped
 from pyvdl.config import ClipConfig
+from pyvdl.data import Record
 from pyvdl.filters import ClipEncoder
 from pyvdl.jobs import carried
 from pyvdl.models.dual_encoder import DualEncoder
@@ -43,6 +44,10 @@ class Embedder:
         """All that the embeddings depend on besides the clips; the batch size in their last bits."""
         clip = dataclasses.asdict(self.clip)
         return {"model_sha256": model_digest(self._model, None), "clip": clip, "batch_size": self.batch_size}
+
+    def groups(self, records: Sequence[Record]) -> list[list[int]]:
+        """Which of `records` may be in one batch: all."""
+        return [list(range(len(records)))]
 
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[list[EmbeddingRow]]:
         """The rows of each batch. names: what else is said in each row, model_sha256 and recipe_sha256."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from pyvdl.clip_prompts import prompt_columns
 from pyvdl.data import Record, parse_record, question_to_json
 from pyvdl.rows import (
     FORMATS,
@@ -323,6 +324,10 @@ class _Planner:
             work.remove(name)
         with _scratch(self._folder) as scratch:
             columns, count = self._read(records, scratch)
+            for name in prompt_columns(self._recipe.get("prompt", "")):
+                if name not in columns and name != "key":
+                    there = ", ".join(columns) or "none"
+                    raise ValueError(f"the prompt names {name!r}, and no clip has such a column; there are: {there}")
             shards = -(-count // self._shard_size)
             digests = []
             for shard, data in enumerate(self._lists()):

@@ -47,6 +47,9 @@ class Maker(Protocol):
 
     def recipe(self) -> dict[str, Any]: ...
 
+    def groups(self, records: Sequence[Record]) -> list[list[int]]:
+        """Which of `records` may be in one batch."""
+
     def rows(self, batches: Iterable[Decoded], **names: str) -> Iterator[Sequence[Row]]: ...
 
 
@@ -75,12 +78,13 @@ def run_shards(
 ) -> Iterator[tuple[int, list[Row]]]:
     """Yields (shard, its rows), in order. `shards` is read as far ahead as the decoder is, and may be endless.
 
-    No batch reaches over two shards, and each has the maker's shape: a shard's rows are the same wherever, and with
-    whatever others, they are made.
+    No batch reaches over two shards or two of the maker's groups, and each has the shape of its group: a shard's rows
+    are the same wherever, and with whatever others, they are made.
     """
     tally = tally or Tally()
     sizes: deque[tuple[int, int]] = deque()
     under_way: deque[list[Record]] = deque()
+    places: deque[list[int]] = deque()  # of a batch's rows in its shard
     names = {"model_sha256": job.recipe["model_sha256"], "recipe_sha256": job.recipe_sha256}
 
     def requests() -> Iterator[Sequence[Any]]:
@@ -90,9 +94,11 @@ def run_shards(
                 if record.video.startswith("array://"):
                     raise ValueError(f"{record.video}: jobs decode videos, not rows of arrays")
             sizes.append((shard, len(records)))
-            for start in range(0, len(records), maker.batch_size):
-                under_way.append(records[start : start + maker.batch_size])
-                yield [clip_request(record) for record in under_way[-1]]
+            for group in maker.groups(records):
+                for start in range(0, len(group), maker.batch_size):
+                    places.append(group[start : start + maker.batch_size])
+                    under_way.append([records[i] for i in places[-1]])
+                    yield [clip_request(record) for record in under_way[-1]]
 
     def decoded() -> Iterator[Decoded]:
         frames = decoder.decode(requests())
@@ -104,19 +110,19 @@ def run_shards(
                 return
             yield Decoded(records=under_way.popleft(), data=batch.data, errors=batch.errors, release=batch.release)
 
-    rows: list[Row] = []
+    rows: dict[int, Row] = {}
     with _searched_seldom():
         for found in maker.rows(decoded(), **names):
             tally.tokens = maker.tokens
-            rows += found
+            rows.update(zip(places.popleft(), found, strict=True))
             for row in found:
                 tally.counts.add(row)
             tally.watch()
             shard, size = sizes[0]
             if len(rows) == size:
                 sizes.popleft()
-                yield shard, rows
-                rows = []
+                yield shard, [rows[i] for i in range(size)]
+                rows = {}
 
 
 @contextlib.contextmanager

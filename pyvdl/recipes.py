@@ -22,8 +22,9 @@ from flax import nnx
 
 import pyvdl
 from pyvdl import config as settings
-from pyvdl.caption import encode_prompts, model_digest
+from pyvdl.caption import model_digest
 from pyvdl.checkpoint import Checkpointer, load_model, save_model
+from pyvdl.clip_prompts import encode_prompts
 from pyvdl.config import PRESETS, ClipConfig, DualEncoderConfig, Preset, TrainConfig, VLMConfig
 from pyvdl.data import Batches, Encode, Record, digest
 from pyvdl.flops import training_flops

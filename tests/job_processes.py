@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Free:
 
     def recipe(self) -> dict[str, Any]:
         return {"model_sha256": "m"}
+
+    def groups(self, records: Sequence[Record]) -> list[list[int]]:
+        return [list(range(len(records)))]
 
     def rows(self, batches: Iterable[Decoded], **names: Any) -> Iterator[list[CaptionRow]]:
         for batch in batches:

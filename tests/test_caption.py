@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pyvdl import caption
-from pyvdl.caption import caption_records, clip_batches, clip_seed, encode_prompts
+from pyvdl.caption import caption_records, clip_batches, clip_seed
+from pyvdl.clip_prompts import encode_prompts
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.models.vlm import VLM

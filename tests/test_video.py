@@ -843,7 +843,7 @@ def test_python_runs_while_a_clip_is_decoded(folder: Path) -> None:
     try:
         # With the GIL held, the other thread would get a turn before and after the one call into the decoder. A busy
         # machine may give the decoder all of the time for a while, not for all of these.
-        turns = []
+        turns: list[int] = []
         while max(turns, default=0) < 20 and len(turns) < 100:
             decoder = VideoDecoder(path)
             before = count

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyvdl.ablate import GRIDS
+from pyvdl.clip_prompts import prompt_columns
 from pyvdl.config import PRESETS
 from pyvdl.rows import FORMATS
 
@@ -111,7 +112,12 @@ def add_sampling(p: ArgumentParser) -> None:
     p.add_argument("--temperature", type=_non_negative, metavar="X", default=1.0, help="0 is greedy (default: 1)")
     p.add_argument("--top-p", type=share, metavar="P", default=0.95, help="nucleus (default: 0.95)")
     p.add_argument("--max-length", type=positive, default=32, metavar="TOKENS", help="of a caption (default: 32)")
-    p.add_argument("--prompt", help="task prompt (default: that of the model's captions)")
+    p.add_argument(
+        "--prompt",
+        type=_prompt,
+        help="task prompt (default: that of the model's captions); {NAME} in it is the clip's column of that name, or\n"
+        "its key, as in 'answer en {question}'",
+    )
     p.add_argument("--seed", type=unsigned, default=0, help="of the samples (default: 0)")
     p.add_argument("--format", choices=FORMATS["captions"], default="parquet", help="of --out (default: parquet)")
 
@@ -204,6 +210,14 @@ def add_loading(p: ArgumentParser) -> None:
     p.add_argument("--batch-size", type=positive, default=8, metavar="N", help="clips at a time (default: 8)")
     p.add_argument("--num-threads", type=positive, default=2, metavar="N", help="that decode (default: 2)")
     p.add_argument("--int8", action="store_true", help="keep the model's matrices in int8, in less memory (needs qwix)")
+
+
+def _prompt(text: str) -> str:
+    try:
+        prompt_columns(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _resource(text: str) -> tuple[str, float]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pyvdl.caption import caption_records, clip_batches, encode_prompts
+from pyvdl.caption import caption_records, clip_batches
+from pyvdl.clip_prompts import encode_prompts
 from pyvdl.config import ClipConfig
 from pyvdl.data import Question, Record
 from pyvdl.evaluate.scores import (
