@@ -1,8 +1,8 @@
 """Captions clips with a video-language model: one row a clip, several samples a row, shards that can be resumed.
 
 A clip's captions depend on the clip, its key and the job's seed: not on its neighbours in the batch, nor on which
-process captioned it, nor on what was killed before. Every batch of a job has one shape, or one of a few where clips have their
-own prompts, and none reaches over two shards, so that this holds to the last bit.
+process captioned it, nor on what was killed before. Every batch of a job has one shape, or where
+prompts differ one of a few, and none reaches over two shards, so that this holds to the last bit.
 """
 
 from __future__ import annotations

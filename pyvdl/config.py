@@ -76,6 +76,7 @@ class T5Config:
     activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"
     num_buckets: int = 32  # of relative position
     max_distance: int = 128  # tokens; farther ones share the last bucket
+    norm_epsilon: float = 1e-6
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = False
 
@@ -84,6 +85,7 @@ class T5Config:
             self, 1, "vocab_size", "width", "encoder_layers", "decoder_layers", "num_heads", "head_dim", "mlp_dim"
         )
         _at_least(self, 4, "num_buckets")  # exact and far ones, before and after
+        _above(self, 0, "norm_epsilon")
         if self.max_distance <= self.num_buckets // 2:  # the exact distances of the causal side
             raise ValueError(f"max_distance must be above num_buckets / 2, not {self.max_distance}")
 

@@ -21,6 +21,7 @@ from pyvdl.sampling import ban_repeats, is_any, keep_nucleus, keep_top_k, token_
 
 END_ID = 1  # of pyvdl's own tokenizer, and of those of T5 and Gemma
 PAD_ID = 0  # of the same
+_COLDEST = 1e-6  # temperature: logits divided by less may be infinite, and then no distribution
 
 
 class Samples(NamedTuple):
@@ -76,7 +77,7 @@ def generate(
         prompt: int32[B, L], padded with 0 at the end.
         num_samples: n.
         max_length: M, the end id included.
-        temperature: 0 is greedy: all samples of a clip are then the same.
+        temperature: 0 is greedy: all samples of a clip are then the same. Otherwise at least 1e-6.
         top_p: a token is drawn from the smallest set of likeliest tokens whose (tempered) probability reaches this;
             tokens as likely as the least likely one of the set stay in.
         top_k: a token is drawn from so many likeliest ones; with `top_p`, that set is made of these.
@@ -96,8 +97,8 @@ def generate(
     _check_at_least(0, no_repeat_ngram=no_repeat_ngram)
     if top_k is not None:
         _check_at_least(1, top_k=top_k)
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0 (0 is greedy), not {temperature}")
+    if temperature != 0 and not temperature >= _COLDEST:
+        raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     if num_beams > 1:

@@ -422,6 +422,7 @@ def test_ten_texts_take_little_more_memory_than_one() -> None:
         ({"max_length": 0}, "max_length"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-38}, "temperature must be 0 .greedy. or at least 1e-06"),
         ({"top_p": 0.0}, r"\(0, 1\]"),
         ({"top_p": 1.1}, r"\(0, 1\]"),
         ({"top_k": 0}, "top_k"),

@@ -89,11 +89,13 @@ def test_a_written_dual_encoder_is_read_as_it_was(config: DualEncoderConfig, tmp
 
 
 def test_a_written_t5_is_read_as_it_was(tmp_path: Path) -> None:
-    model = filled(T5, LANGUAGE)
+    config = dataclasses.replace(LANGUAGE, norm_epsilon=1e-3)
+    model = filled(T5, config)
     save_pretrained(model, tmp_path / "model")
     found = load_pretrained(tmp_path / "model", dtype="float32")
     assert isinstance(found, T5)
-    assert found.config == LANGUAGE
+    assert found.config == config
+    assert {norm.epsilon for _, norm in nnx.iter_graph(found) if isinstance(norm, nnx.RMSNorm)} == {1e-3}
     jax.tree.map(np.testing.assert_array_equal, nnx.state(found), nnx.state(model))
 
 

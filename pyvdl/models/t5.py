@@ -49,7 +49,7 @@ def last_token_attention(q: Array, keys: Array, values: Array, bias: Array) -> A
 class GatedMlp(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.activation = config.activation
-        self.norm = nnx.RMSNorm(config.width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.up = _dense((config.width, 2 * config.mlp_dim), config.width**-0.5, rngs)  # gate, then value
         self.down = _dense((config.mlp_dim, config.width), config.mlp_dim**-0.5, rngs)
 
@@ -63,7 +63,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         width, heads, head_dim = config.width, config.num_heads, config.head_dim
         self.heads = (heads, head_dim)
-        self.norm = nnx.RMSNorm(width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
         scale = jnp.asarray([(width * head_dim) ** -0.5, width**-0.5, width**-0.5])
         qkv = jax.random.normal(rngs.params(), (width, 3, heads * head_dim)) * scale[:, None]
         self.qkv = nnx.Param(qkv.reshape(width, 3 * heads * head_dim))
@@ -87,7 +87,7 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         width, heads, head_dim = config.width, config.num_heads, config.head_dim
         self.heads = (heads, head_dim)
-        self.norm = nnx.RMSNorm(width, epsilon=1e-6, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.query = _dense((width, heads * head_dim), (width * head_dim) ** -0.5, rngs)
         self.key_value = _dense((width, 2 * heads * head_dim), width**-0.5, rngs)
         self.out = _dense((heads * head_dim, width), (heads * head_dim) ** -0.5, rngs)
@@ -157,7 +157,7 @@ class T5(nnx.Module):
             init_scale=_BIAS_SCALE,
             rngs=rngs,
         )
-        norm = functools.partial(nnx.RMSNorm, config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        norm = functools.partial(nnx.RMSNorm, config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
         self.encoder_bias = bias(causal=False)
         self.encoder = Stack(
             lambda rngs: EncoderBlock(config, rngs=rngs), config.encoder_layers, remat=config.remat, rngs=rngs

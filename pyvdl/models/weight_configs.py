@@ -185,6 +185,7 @@ def t5(config: Mapping[str, Any], dtype: Dtype) -> T5Config:
         activation=activations[feed_forward],
         num_buckets=config.get("relative_attention_num_buckets", 32),
         max_distance=config.get("relative_attention_max_distance", 128),
+        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
         dtype=dtype,
     )
 
@@ -468,7 +469,7 @@ def to_t5(config: T5Config) -> dict[str, Any]:
         "feed_forward_proj": {"gelu_tanh": "gated-gelu", "silu": "gated-silu"}[config.activation],
         "relative_attention_num_buckets": config.num_buckets,
         "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": 1e-6,
+        "layer_norm_epsilon": config.norm_epsilon,
         "tie_word_embeddings": False,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
