@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from bench.tpu_static import Product, Program
 
 BATCH = 8
+MAX_DISTANCE = 128  # of T5
 HEADS = 16
 EMBEDDING = 768
 WHATS = ("fwd", "fwd+bwd")
@@ -129,12 +130,13 @@ def language(what: str, tokens: int, head_dim: int, implementation: str = "palla
 
 
 def biased(what: str, tokens: int, head_dim: int, implementation: str = "pallas_tpu", heads: int = 2) -> Program:
-    """pyvdl.kernels.attention with a bias on the scores, as T5's encoder has it; backward has the bias's gradient."""
+    """pyvdl.kernels.attention with a bias by distance, as T5's encoder has it; backward has the bias's gradient."""
     from pyvdl.kernels import attention
 
     def op(q: Array, k: Array, v: Array, bias: Array) -> Array:
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
-        return attention(q, k, v, bias=bias, scale=1.0, implementation=implementation).reshape(BATCH, tokens, -1)
+        mixed = attention(q, k, v, distance_bias=bias, scale=1.0, implementation=implementation)
+        return mixed.reshape(BATCH, tokens, -1)
 
     def both(*inputs: Array) -> tuple[Array, ...]:
         out, pull = jax.vjp(op, *inputs[:-1])
@@ -144,7 +146,7 @@ def biased(what: str, tokens: int, head_dim: int, implementation: str = "pallas_
 
     def args(heads: int) -> tuple[Any, ...]:
         x = jax.ShapeDtypeStruct((BATCH, tokens, heads * head_dim), jnp.bfloat16)
-        bias = jax.ShapeDtypeStruct((1, heads, tokens, tokens), jnp.float32)
+        bias = jax.ShapeDtypeStruct((heads, 2 * MAX_DISTANCE + 1), jnp.float32)
         return (x, x, x, bias) if forward else (x, x, x, bias, x)
 
     # The batch shares the bias: rows are not cut off.

@@ -22,10 +22,11 @@ from . import (
     reference,
     tuning,
 )
+from . import distance_bias as laid_out
+from .attention_xla import ATTENTION_RESIDUALS
 
 MODES = ("joint", "space", "time")
 IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
-ATTENTION_RESIDUALS = "space_time_attention"  # what policies of `jax.checkpoint` know output and statistics by
 
 
 def _check_float(**arrays: Array) -> None:
@@ -127,6 +128,7 @@ def attention(
     q_offset: int | Array = 0,
     kv_lengths: Array | None = None,
     bias: Array | None = None,
+    distance_bias: Array | None = None,
     softcap: float | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -144,6 +146,8 @@ def attention(
         q_offset: int, int32[] or int32[B], the position of the first query.
         kv_lengths: int32[B], the number of valid keys.
         bias: broadcastable to [B, N, S, K], added to the scaled (and capped) scores.
+        distance_bias: [N, 2F + 1], of -F, ..., F, added to the scores by the distance j - i from query to key; beyond F
+            it is that of F. For q_offset 0.
         softcap: scores become softcap * tanh(scores / softcap).
         window: keys nearer than this to the query, on either side.
         scale: of the scores; None is D ** -0.5.
@@ -175,6 +179,12 @@ def attention(
         if bias.ndim != 4 or any(b not in (1, w) for b, w in zip(bias.shape, wanted)):
             raise ValueError(f"bias must be broadcastable to [B, N, S, K] = {wanted} and have 4 axes, not {bias.shape}")
         _check_float(bias=bias)
+    if distance_bias is not None:
+        if distance_bias.ndim != 2 or distance_bias.shape[0] != heads or distance_bias.shape[1] % 2 == 0:
+            raise ValueError(f"distance_bias must be [{heads}, an odd number], not {distance_bias.shape}")
+        if not isinstance(q_offset, int) or q_offset != 0:
+            raise ValueError("distance_bias goes with q_offset=0: its rows begin at position 0")
+        _check_float(distance_bias=distance_bias)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
     if window is not None and window < 1:
@@ -186,6 +196,7 @@ def attention(
         "q_offset": q_offset,
         "kv_lengths": kv_lengths,
         "bias": bias,
+        "distance_bias": distance_bias,
         "softcap": softcap,
         "window": window,
         "scale": scale,
@@ -197,7 +208,7 @@ def attention(
     if implementation == "pallas_gpu":
         raise NotImplementedError("attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
     branches: dict[str, Callable[..., Array]] = {"xla": functools.partial(_attention_xla, **options)}
-    for_tpu: Any = attention_splash if bias is None else attention_biased_tpu
+    for_tpu: Any = attention_splash if distance_bias is None else attention_biased_tpu
     for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", for_tpu)):
         if reason := module.refusal_of_options(q, k, options):
             if implementation == name:
@@ -210,7 +221,7 @@ def attention(
     if "cudnn" in branches and attention_cudnn.is_here():
         platforms["cuda"] = branches["cudnn"]
     if "pallas_tpu" in branches and queries * keys >= for_tpu.LEAST_SCORES:
-        if bias is not None:  # chooses by the platform inside its own rules of differentiation
+        if distance_bias is not None:  # chooses by the platform inside its own rules of differentiation
             return attention_biased_tpu.by_platform(q, k, v, **options)
         platforms["tpu"] = branches["pallas_tpu"]
     if len(platforms) == 1:
@@ -228,10 +239,14 @@ def _attention_xla(
     q_offset: int | Array,
     kv_lengths: Array | None,
     bias: Array | None,
+    distance_bias: Array | None,
     softcap: float | None,
     window: int | None,
     scale: float,
 ) -> Array:
+    if distance_bias is not None:
+        of_distance = laid_out.matrix(distance_bias, q.shape[1], k.shape[1])
+        bias = of_distance if bias is None else bias + of_distance
     mask = None
     if causal or window is not None or kv_lengths is not None:
         mask = reference.attention_mask(

@@ -1,31 +1,36 @@
-"""Attention with a bias on the scores for TPU: T5's encoder, whose scores would be several GB in HBM.
+"""Attention with a bias by distance for TPU: T5's encoder, whose scores would be several GB in HBM.
 
-A step has some queries of the heads of one tile of lanes, and all keys. The batch is the innermost axis of the grid, so
-that the part of the bias which a step adds is fetched once, and its gradient summed over the batch in VMEM. Scores
-stand transposed, keys along sublanes, as in `attention_tpu.py`. The backward pass makes them again from the inputs:
-nothing is kept for it.
+A step has some queries of the heads of one tile of lanes, and all keys. Cut into squares of queries i and keys j, the
+bias of a head has tile j - i of five, the first or the last where j - i is farther off: there all distances are alike.
+Tiles are laid out from one vector, and stay in VMEM while the heads' clips and queries pass. So do their gradients,
+which are summed along diagonals to that of the vector in the end. Scores stand transposed, keys along sublanes, and
+sums of their exponentials are taken without the maximum first, as in `attention_tpu.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from . import attention_xla, tuning
-from .attention_tpu_tiles import LANES, dot, of_head, pieces, row, zero_after
+from . import attention_xla, distance_bias, tuning
+from .attention_tpu import LARGEST_SUM, SMALLEST_SUM, in_advance
+from .attention_tpu_tiles import LANES, LOG2E, dot, lane, of_head, pieces, row, zero_after
 from .manual_axes import alike, shape_like
 
 HEAD_DIMS = (32, 64, 128)  # heads fill tiles of lanes
+AHEAD = 3  # pieces of scores that are made before the weights of those before them
 LEAST_SCORES = 1024 * 1024  # of a head: fewer are small in HBM, too
-QUERIES = 256  # of a step
 KEYS = 256  # that are worked on at a time
+TILES = 5
+SQUARE = 256  # queries of a step, and keys that have one tile of the bias, at most
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that no other is below, and whose differences are finite
 
 
@@ -38,7 +43,7 @@ class _Cut(NamedTuple):
     heads: int
     head_dim: int
     scale: float
-    columns: int  # queries of a step
+    square: int  # queries of a step, and keys that have one tile of the bias
     rows: int  # keys with padding, a multiple of LANES
 
     @property
@@ -48,165 +53,201 @@ class _Cut(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.heads // self.together, pl.cdiv(self.queries, self.columns), self.batch
+        return self.heads // self.together, self.batch, pl.cdiv(self.queries, self.square)
 
 
 def _cut(q: Array, k: Array, scale: float) -> _Cut:
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    columns = min(QUERIES, pl.cdiv(queries, LANES) * LANES)
-    return _Cut(batch, queries, keys, heads, head_dim, scale, columns, pl.cdiv(keys, LANES) * LANES)
+    square = min(SQUARE, pl.cdiv(queries, LANES) * LANES)
+    return _Cut(batch, queries, keys, heads, head_dim, scale, square, pl.cdiv(keys, LANES) * LANES)
 
 
 def _backward_bytes(p: _Cut, size: int) -> int:
     """VMEM of the backward kernel, which holds more than the forward one."""
-    scores = 4 * p.rows * p.columns
-    # The bias in two blocks and transposed, its gradient so and as it is sent; scores, weights and their gradients.
-    of_scores = p.together * scores * 5 + 4 * scores
-    # q, k, v, do, dq, dk and dv in two blocks each, K transposed, and the sums of dk and dv of all clips.
-    return of_scores + LANES * p.rows * (15 * size + 8 * p.batch)
+    # Of the bias and of its gradient.
+    tiles = 2 * 4 * p.together * TILES * p.square**2
+    # k, v, dk and dv in two blocks each, K transposed, sums of dk and dv; q, out, do and dq; scores, which spill.
+    return tiles + LANES * (p.rows * (9 * size + 8) + p.square * 8 * size) + 12 * 4 * p.square**2
 
 
 def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | None:
     """The reason, in words, why the kernel does not take this; None if it does. Options: of `attention.attention`."""
-    bias, heads, head_dim = options["bias"], *q.shape[2:]
+    bias, heads, head_dim = options["distance_bias"], *q.shape[2:]
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {q.dtype}"
     if 0 in q.shape or 0 in k.shape:
         return f"takes no empty arrays, {q.shape} and {k.shape}"
-    if bias.shape != (1, heads, q.shape[1], k.shape[1]):
-        return f"takes a bias of shape {(1, heads, q.shape[1], k.shape[1])}, not {bias.shape}"
+    if options["bias"] is not None:
+        return "takes no bias but distance_bias"
     if head_dim not in HEAD_DIMS or heads * head_dim % LANES or heads != k.shape[2]:
         return f"takes head dims {HEAD_DIMS} and heads that fill {LANES} lanes, not {heads} of {head_dim}"
     for name in ("causal", "prefix_lengths", "softcap", "window"):
         if options[name]:
-            return f"does not take {name} with a bias"
-    needed, there = _backward_bytes(_cut(q, k, 1.0), q.dtype.itemsize), tuning.vmem_bytes()
+            return f"does not take {name} with distance_bias"
+    cut = _cut(q, k, 1.0)
+    if bias.shape[1] // 2 > cut.square + 1:
+        return f"takes distances up to {cut.square + 1}, not {bias.shape[1] // 2}"
+    needed, there = _backward_bytes(cut, q.dtype.itemsize), tuning.vmem_bytes()
     if needed > there:
         return f"needs {needed >> 20} MiB of the chip's vector memory at {q.shape}, {there >> 20} MiB are there"
     return None
 
 
-def _transpose_bias(p: _Cut, bias_refs: Sequence[Any], scratch: Any) -> None:
-    """Into scratch [heads of a tile, keys, queries], zero at queries that are not there."""
-    left = p.queries - pl.program_id(1) * p.columns
+def _windows(p: _Cut) -> Iterator[tuple[slice, slice]]:
+    """Some rows of a head's tiles, and the distances that lie in them: one row's are the next one's, one lane off."""
+    rows = TILES * p.square
+    for start in range(0, rows, LANES):
+        yield slice(start, start + LANES), slice(rows - LANES - start, rows - start + p.square)
+
+
+def _lay_out(p: _Cut, distances: Any, tiles: Any) -> None:
     for u in range(p.together):
-        for start, n in pieces(p.rows, LANES):
-            x = bias_refs[u][0, :, start : start + n].astype(jnp.float32).T
-            at = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            scratch[u, start : start + n, :] = jnp.where(at < left, x, 0.0)
+        for rows, window in _windows(p):
+            x = distances[0, u : u + 1, window]
+            x = pltpu.roll(jnp.broadcast_to(x, (LANES, x.shape[1])), 0, 1, stride=1, stride_axis=0)
+            tiles[u, rows, :] = x[:, LANES:]
 
 
-class _Scores:
-    """One head's scores of a step, [rows, columns] in VMEM, made piece by piece; then their exponentials."""
-
-    def __init__(self, p: _Cut, q: Array, k_ref: Any, bias: Any, length: Array, scores: Any) -> None:
-        self.p, self.q, self.k_ref, self.bias, self.length, self.scores = p, q, k_ref, bias, length, scores
-        self.top = jnp.full((1, p.columns), MASKED, jnp.float32)
-        self.total = jnp.zeros((1, p.columns), jnp.float32)
-
-    def make(self, start: int, n: int) -> None:
-        s = dot(self.k_ref[0, start : start + n, :], self.q, nt=True)
-        s = (s if self.p.scale == 1 else s * self.p.scale) + self.bias[start : start + n, :]
-        s = jnp.where(row(s.shape) + start < self.length, s, MASKED)
-        self.scores[start : start + n, :] = s
-        self.top = jnp.maximum(self.top, s.max(0, keepdims=True))
-
-    def exponentials(self, start: int, n: int) -> Array:
-        """When all scores are made."""
-        found = jnp.exp(self.scores[start : start + n, :] - self.top)
-        self.total += found.sum(0, keepdims=True)
-        return found
-
-    @property
-    def share(self) -> Array:
-        """What all exponentials are to be multiplied by, [1, columns]; with no key at all they are 1, the weights 0."""
-        return jnp.where(self.length > 0, 1.0 / self.total, 0.0)
+def _sum_up(p: _Cut, tiles: Any, distances: Any) -> None:
+    """The transpose of `_lay_out`."""
+    distances[...] = jnp.zeros_like(distances)
+    for u in range(p.together):
+        for rows, window in _windows(p):
+            x = jnp.concatenate([jnp.zeros((LANES, LANES), jnp.float32), tiles[u, rows, :]], 1)
+            lanes, n = x.shape[1], LANES
+            while n > 8:
+                n //= 2
+                x = x[:n] + pltpu.roll(x[n:], lanes - n, 1)
+            shifted = [x, *(pltpu.roll(x, lanes - i, 1) for i in range(1, n))]
+            own = [jnp.where(row(x.shape) == i, y, 0.0) for i, y in enumerate(shifted)]
+            distances[0, u : u + 1, window] += sum(own[1:], own[0]).sum(0, keepdims=True)
 
 
-def _forward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, p: _Cut) -> None:
-    bias_refs, (out_ref, bias, scores, vt) = refs[: p.together], refs[p.together :]
-    pl.when(pl.program_id(2) == 0)(lambda: _transpose_bias(p, bias_refs, bias))
-    length = lengths[pl.program_id(2)]
-    _transpose(p, v_ref, vt)
-    heads = [_Scores(p, _own(p, q_ref[0], u), k_ref, bias.at[u], length, scores.at[u % 2]) for u in range(p.together)]
-    outs = []
-    for start, n in pieces(p.rows, KEYS):
-        heads[0].make(start, n)
-    for u, head in enumerate(heads):
-        acc = jnp.zeros((p.head_dim, p.columns), jnp.float32)
+def _of_tile(p: _Cut, start: Any, n: int) -> Any:
+    """The rows of a head's tiles that the keys from `start` on have with a step's queries."""
+    tile = jnp.clip(start // p.square - pl.program_id(2), -(TILES // 2), TILES // 2) + TILES // 2
+    return pl.ds(pl.multiple_of(tile * p.square + start % p.square, LANES), n)
+
+
+def _forward_kernel(lengths: Any, *refs: Any, p: _Cut) -> None:
+    q_ref, k_ref, v_ref, distances, out_ref, lse_ref, bias, vt = refs
+    clip, part = pl.program_id(1), pl.program_id(2)
+    pl.when((clip == 0) & (part == 0))(lambda: _lay_out(p, distances, bias))
+    pl.when(part == 0)(lambda: _transpose(p, v_ref, vt))
+    length = lengths[clip]
+    queries = [_own(p, q_ref[0], u) for u in range(p.together)]
+    heads = range(p.together)
+
+    def scores(u: int, start: Any, n: int, absent: float = -jnp.inf) -> Array:
+        """[n, square] in powers of two; `absent` at keys that are not there."""
+        s = (
+            dot(k_ref[0, pl.ds(start, n), :], queries[u], nt=True) * (p.scale * LOG2E)
+            + bias[u, _of_tile(p, start, n), :]
+        )
+        return jnp.where(row(s.shape) + start < length, s, absent)
+
+    def attend(u: int, made: Iterator[Array]) -> tuple[Array, Array]:
+        """float32[D, square] and [1, square]: sums of values and of weights, no maximum subtracted."""
+        acc = jnp.zeros((p.head_dim, p.square), jnp.float32)
+        total = jnp.zeros((8, p.square), jnp.float32)
         for start, n in pieces(p.rows, KEYS):
-            # The matrix unit makes the next head's scores beside this one's exponentials.
-            if u + 1 < p.together:
-                heads[u + 1].make(start, n)
-            acc += dot(vt[_rows(p, u), start : start + n], head.exponentials(start, n).astype(vt.dtype))
-        outs.append(acc * head.share)
-    out_ref[0] = jnp.concatenate(outs, 0).T.astype(out_ref.dtype)
+            weights = jnp.exp2(next(made))
+            total += weights.reshape(n // 8, 8, p.square).sum(0)
+            acc += dot(vt[_rows(p, u), start : start + n], weights.astype(vt.dtype))
+        return acc, total.sum(0, keepdims=True)
+
+    def attend_carefully(u: int) -> tuple[Array, Array, Array]:
+        """The same with the maximum subtracted, and the maximum [1, square]; zeros where there is no key at all."""
+
+        def maximum(i: Array, top: Array) -> Array:
+            return jnp.maximum(top, scores(u, pl.multiple_of(i * LANES, LANES), LANES, MASKED).max(0, keepdims=True))
+
+        top = jax.lax.fori_loop(0, p.rows // LANES, maximum, jnp.full((1, p.square), MASKED, jnp.float32))
+
+        def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            start = pl.multiple_of(i * LANES, LANES)
+            weights = jnp.exp2(scores(u, start, LANES, MASKED) - top)
+            part = dot(vt[_rows(p, u), pl.ds(start, LANES)], weights.astype(vt.dtype))
+            return sums[0] + part, sums[1] + weights.sum(0, keepdims=True)
+
+        sums = jnp.zeros((p.head_dim, p.square), jnp.float32), jnp.zeros((1, p.square), jnp.float32)
+        acc, total = jax.lax.fori_loop(0, p.rows // LANES, add, sums)
+        return jnp.where(length > 0, acc, 0.0), total, top
+
+    def finish(found: list[tuple[Array, Array, Array | float]]) -> None:
+        out_ref[0] = jnp.concatenate([acc * (1.0 / total) for acc, total, _ in found], 0).T.astype(out_ref.dtype)
+        lse_ref[0, 0] = jnp.concatenate([jnp.log2(total) + top for _, total, top in found], 0)
+
+    # The matrix unit takes products in the order of the program: scores that come before their weights keep it busy.
+    made = in_advance((scores(u, *piece) for u in heads for piece in pieces(p.rows, KEYS)), AHEAD)
+    found = [attend(u, made) for u in heads]
+    finish([(acc, total, 0.0) for acc, total in found])
+    fine = [(total >= SMALLEST_SUM) & (total <= LARGEST_SUM) for _, total in found]
+    bad = jnp.where(functools.reduce(jnp.logical_and, fine), 0.0, 1.0)
+    pl.when(jnp.max(bad) > 0)(lambda: finish([attend_carefully(u) for u in heads]))
 
 
-def _backward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, *refs: Any, p: _Cut) -> None:
-    bias_refs, refs = refs[: p.together], refs[p.together :]
-    dq_ref, dk_ref, dv_ref, whole_dbias, bias, weights, dweights, kt, dk, dv, dbias, ready, sent = refs
-    tile, part, clip = (pl.program_id(axis) for axis in range(3))
+def _backward_kernel(lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *refs: Any, p: _Cut) -> None:
+    do_ref, lse_ref, distances, dq_ref, dk_ref, dv_ref, ddistances, bias, dbias, kt, dkt, dvt = refs
+    clip, part = pl.program_id(1), pl.program_id(2)
     length = lengths[clip]
 
-    @pl.when(clip == 0)
+    @pl.when((clip == 0) & (part == 0))
     def _() -> None:
-        _transpose_bias(p, bias_refs, bias)
+        _lay_out(p, distances, bias)
         dbias[...] = jnp.zeros_like(dbias)
 
     @pl.when(part == 0)
     def _() -> None:
-        dk[clip] = jnp.zeros_like(dk[clip])
-        dv[clip] = jnp.zeros_like(dv[clip])
+        dkt[...] = jnp.zeros_like(dkt)
+        dvt[...] = jnp.zeros_like(dvt)
+        _transpose(p, k_ref, kt)
 
-    _transpose(p, k_ref, kt)
-    q, do = (zero_after(ref[0], part * p.columns, p.queries) for ref in (q_ref, do_ref))
+    first = part * p.square
+    q, out, do = (zero_after(ref[0], first, p.queries) for ref in (q_ref, out_ref, do_ref))
+    q_columns, out_columns, do_columns = q.T, out.T, do.T
+    lse = lse_ref[0, 0]
+    lse = jnp.where(lane(lse.shape) + first < p.queries, lse, jnp.inf)
+
+    def products(u: int) -> Iterator[tuple[Array, Array]]:
+        """Scores in powers of two, their maxima subtracted, and the gradients of weights."""
+        own_q, own_do = _own(p, q, u), _own(p, do, u)
+        for start, n in pieces(p.rows, KEYS):
+            s = dot(k_ref[0, start : start + n, :], own_q, nt=True) * (p.scale * LOG2E)
+            s += bias[u, _of_tile(p, start, n), :] - lse[u : u + 1]
+            yield s, dot(v_ref[0, start : start + n, :], own_do, nt=True)
+
+    made = in_advance((found for u in range(p.together) for found in products(u)), 1)
     dqs = []
     for u in range(p.together):
-        own_q, own_do = _own(p, q, u), _own(p, do, u)
-        head = _Scores(p, own_q, k_ref, bias.at[u], length, weights)
+        rows = _rows(p, u)
+        mean = do_columns[rows].astype(jnp.float32) * out_columns[rows].astype(jnp.float32)
+        mean = mean.sum(0, keepdims=True)  # of the weights' gradients, by weight
+        dq = jnp.zeros((p.head_dim, p.square), jnp.float32)
         for start, n in pieces(p.rows, KEYS):
-            head.make(start, n)
-        for start, n in pieces(p.rows, KEYS):
-            weights[start : start + n, :] = head.exponentials(start, n)
-        share = head.share
-        mean = jnp.zeros((1, p.columns), jnp.float32)  # of the weights' gradients, by weight
-        for start, n in pieces(p.rows, KEYS):
-            rows = slice(start, start + n)
-            weight = weights[rows, :] * share
-            found = dot(zero_after(v_ref[0, rows, :], start, p.keys), own_do, nt=True)
-            weights[rows, :], dweights[rows, :] = weight, found
-            mean += (weight * found).sum(0, keepdims=True)
-            dv[clip, rows, :] += dot(weight.astype(do.dtype), own_do)
-        dq = jnp.zeros((p.head_dim, p.columns), jnp.float32)
-        for start, n in pieces(p.rows, KEYS):
-            rows = slice(start, start + n)
-            ds = weights[rows, :] * (dweights[rows, :] - mean)
-            dbias[u, rows, :] += ds
-            ds = (ds if p.scale == 1 else ds * p.scale).astype(q.dtype)
-            dk[clip, rows, :] += dot(ds, own_q)
-            dq += dot(kt[_rows(p, u), rows], ds)
-        dqs.append(dq)
+            span, tile = slice(start, start + n), _of_tile(p, start, n)
+            s, change = next(made)
+            weights = jnp.exp2(s)
+            change = weights * (change - mean)
+            there = row(s.shape) + start < length
+            weights, change = jnp.where(there, weights, 0.0), jnp.where(there, change, 0.0)
+            dbias[u, tile, :] += change
+            weights, change = weights.astype(q.dtype), change.astype(q.dtype)
+            dvt[rows, span] += dot(do_columns[rows], weights, nt=True)
+            dkt[rows, span] += dot(q_columns[rows], change, nt=True)
+            dq += dot(kt[rows, span], change)
+        dqs.append(dq * p.scale)
     dq_ref[0] = jnp.concatenate(dqs, 0).T.astype(dq_ref.dtype)
 
-    @pl.when(part == pl.num_programs(1) - 1)
+    @pl.when(part == p.grid[2] - 1)
     def _() -> None:
-        dk_ref[0] = dk[clip].astype(dk_ref.dtype)
-        dv_ref[0] = dv[clip].astype(dv_ref.dtype)
+        for start, n in pieces(p.rows, LANES):
+            span = slice(start, start + n)
+            dk_ref[0, span, :] = (dkt[:, span] * p.scale).T.astype(dk_ref.dtype)
+            dv_ref[0, span, :] = dvt[:, span].T.astype(dv_ref.dtype)
 
-    def send(u: int) -> Any:
-        rows = pl.ds(part * p.columns, p.columns)
-        return pltpu.make_async_copy(ready.at[u], whole_dbias.at[tile * p.together + u, rows], sent.at[u])
-
-    @pl.when(clip == p.batch - 1)
-    def _() -> None:
-        for u in range(p.together):
-            pl.when((tile > 0) | (part > 0))(send(u).wait)  # for the part before: all are of one size
-            for start, n in pieces(p.rows, LANES):
-                ready[u, :, start : start + n] = dbias[u, start : start + n, :].T.astype(ready.dtype)
-            send(u).start()
-            pl.when((tile == p.grid[0] - 1) & (part == p.grid[1] - 1))(send(u).wait)
+    pl.when((clip == p.batch - 1) & (part == p.grid[2] - 1))(lambda: _sum_up(p, dbias, ddistances))
 
 
 def _own(p: _Cut, x: Array, u: int) -> Array:
@@ -224,38 +265,14 @@ def _transpose(p: _Cut, ref: Any, scratch: Any) -> None:
         scratch[:, start : start + n] = zero_after(ref[0, start : start + n, :], start, p.keys).T
 
 
-def _specs(p: _Cut) -> dict[str, pl.BlockSpec]:
-    return {
-        "lengths": pl.BlockSpec(memory_space=pltpu.SMEM),
-        "queries": pl.BlockSpec((1, p.columns, LANES), lambda g, i, b: (b, i, g)),
-        "keys": pl.BlockSpec((1, p.rows, LANES), lambda g, i, b: (b, 0, g)),
-        # Of the whole bias [N, S, K], whose heads of a tile are taken one by one.
-        **{
-            f"bias {u}": pl.BlockSpec((1, p.columns, p.rows), lambda g, i, b, u=u: (g * p.together + u, i, 0))
-            for u in range(p.together)
-        },
-        "dbias": pl.BlockSpec(memory_space=pltpu.HBM),
-        # Until the sums are whole, one block stands for all.
-        "sums": pl.BlockSpec((1, p.rows, LANES), lambda g, i, b: (jnp.where(i == p.grid[1] - 1, b, 0), 0, g)),
-    }
-
-
-def _scratch(p: _Cut, dtype: Any) -> tuple[Any, Any, Any]:
-    """The bias of a step, one head's scores, and a matrix of keys or values, all transposed."""
-    scores = (p.rows, p.columns)
-    return (
-        pltpu.VMEM((p.together, *scores), jnp.float32),
-        pltpu.VMEM(scores, jnp.float32),
-        pltpu.VMEM((LANES, p.rows), dtype),
-    )
-
-
-def _flat(*arrays: Array) -> list[Array]:
-    return [x.reshape(*x.shape[:2], -1) for x in arrays]
-
-
 def _call(kernel: Any, p: _Cut, inputs: Sequence[str], outputs: Sequence[str], **options: Any) -> Any:
-    specs = _specs(p)
+    specs = {
+        "lengths": pl.BlockSpec(memory_space=pltpu.SMEM),
+        "queries": pl.BlockSpec((1, p.square, LANES), lambda g, b, i: (b, i, g)),
+        "keys": pl.BlockSpec((1, p.rows, LANES), lambda g, b, i: (b, 0, g)),
+        "statistics": pl.BlockSpec((1, 1, p.together, p.square), lambda g, b, i: (g, b, 0, i)),
+        "distances": pl.BlockSpec((1, p.together, (TILES + 1) * p.square), lambda g, b, i: (g, 0, 0)),
+    }
     return pl.pallas_call(
         functools.partial(kernel, p=p),
         grid=p.grid,
@@ -268,50 +285,57 @@ def _call(kernel: Any, p: _Cut, inputs: Sequence[str], outputs: Sequence[str], *
     )
 
 
-def _biases(p: _Cut) -> list[str]:
-    return [f"bias {u}" for u in range(p.together)]
+def _flat(*arrays: Array) -> list[Array]:
+    return [x.reshape(*x.shape[:2], -1) for x in arrays]
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array, lengths: Array, *, scale: float) -> Array:
+def _forward(q: Array, k: Array, v: Array, bias: Array, lengths: Array, *, scale: float) -> tuple[Array, Array]:
+    """The output, and the base-2 logarithms of the rows' sums, in an order of the kernels' own."""
     p = _cut(q, k, scale)
     flat = _flat(q, k, v)
-    bias_scratch, _, transposed = _scratch(p, q.dtype)
-    (out,) = _call(
+    out, lse = _call(
         _forward_kernel,
         p,
-        ["lengths", "queries", "keys", "keys", *_biases(p)],
-        ["queries"],
-        scratch_shapes=(bias_scratch, pltpu.VMEM((2, p.rows, p.columns), jnp.float32), transposed),
-        out_shape=[shape_like(q, flat[0].shape, q.dtype)],
+        ["lengths", "queries", "keys", "keys", "distances"],
+        ["queries", "statistics"],
+        scratch_shapes=[_tiles(p), pltpu.VMEM((LANES, p.rows), q.dtype)],
+        out_shape=[shape_like(q, flat[0].shape, q.dtype), shape_like(q, _statistics(p), jnp.float32)],
         name="biased_attention_forward",
-    )(jnp.minimum(lengths, p.keys), *flat, *[bias[0]] * p.together)
-    return out.reshape(q.shape)
+    )(jnp.minimum(lengths, p.keys), *flat, _distances(p, bias) * LOG2E)
+    return out.reshape(q.shape), lse
 
 
-def _backward(
-    q: Array, k: Array, v: Array, bias: Array, lengths: Array, do: Array, *, scale: float
-) -> tuple[Array, ...]:
+def _backward(*inputs: Array, scale: float) -> tuple[Array, ...]:
+    q, k, v, bias, lengths, out, lse, do = inputs
     p = _cut(q, k, scale)
     flat = _flat(q, k, v)
-    bias_scratch, scores, transposed = _scratch(p, q.dtype)
-    sums = pltpu.VMEM((p.batch, p.rows, LANES), jnp.float32)
-    # The heads of a tile go to HBM one by one, into one array: put together by XLA, several would be copied twice.
-    ready = pltpu.VMEM((p.together, p.columns, p.rows), bias.dtype)
-    of_bias = shape_like(q, (p.heads, p.grid[1] * p.columns, p.rows), bias.dtype)
-    dq, dk, dv, dbias = _call(
+    distances, pull = jax.vjp(functools.partial(_distances, p), bias)
+    sums = pltpu.VMEM((LANES, p.rows), jnp.float32)
+    dq, dk, dv, ddistances = _call(
         _backward_kernel,
         p,
-        ["lengths", "queries", "keys", "keys", "queries", *_biases(p)],
-        ["queries", "sums", "sums", "dbias"],
-        scratch_shapes=(
-            *(bias_scratch, scores, scores, transposed, sums, sums, bias_scratch),
-            *(ready, pltpu.SemaphoreType.DMA((p.together,))),
-        ),
-        out_shape=[*(shape_like(q, x.shape, x.dtype) for x in flat), of_bias],
+        ["lengths", "queries", "keys", "keys", "queries", "queries", "statistics", "distances"],
+        ["queries", "keys", "keys", "distances"],
+        scratch_shapes=[_tiles(p), _tiles(p), pltpu.VMEM((LANES, p.rows), q.dtype), sums, sums],
+        out_shape=[shape_like(q, x.shape, x.dtype) for x in (*flat, distances)],
         name="biased_attention_backward",
-    )(jnp.minimum(lengths, p.keys), *flat, *_flat(do), *[bias[0]] * p.together)
+    )(jnp.minimum(lengths, p.keys), *flat, *_flat(out, do), lse, distances * LOG2E)
     grads = (x.reshape(like.shape) for x, like in zip((dq, dk, dv), (q, k, v), strict=True))
-    return *grads, dbias[None, :, : p.queries, : p.keys]
+    return *grads, *pull(ddistances)
+
+
+def _statistics(p: _Cut) -> tuple[int, ...]:
+    return p.grid[0], p.batch, p.together, p.grid[2] * p.square
+
+
+def _distances(p: _Cut, bias: Array) -> Array:
+    """float32[G, heads of a tile, L], the bias of those distances that tiles have, from keys behind to keys before."""
+    found = distance_bias.stretch(bias[:, ::-1].astype(jnp.float32), -3 * p.square, (TILES + 1) * p.square)
+    return found.reshape(p.grid[0], p.together, -1)
+
+
+def _tiles(p: _Cut) -> Any:
+    return pltpu.VMEM((p.together, TILES * p.square, p.square), jnp.float32)
 
 
 class _Options(NamedTuple):
@@ -321,11 +345,18 @@ class _Options(NamedTuple):
 
 def _dense(q: Array, k: Array, v: Array, bias: Array, lengths: Array, *, scale: float) -> Array:
     mask = (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-    return attention_xla.dense(q, k, v, scale, bias=bias, mask=mask)
+    return attention_xla.dense(q, k, v, scale, bias=distance_bias.matrix(bias, q.shape[1], k.shape[1]), mask=mask)
+
+
+def _dense_forward(*inputs: Array, scale: float) -> tuple[Array, Array]:
+    """With statistics that stand in for those of the kernels."""
+    q, k = inputs[:2]
+    (stand_in, _) = alike([jnp.zeros(_statistics(_cut(q, k, scale)), jnp.float32), q])
+    return _dense(*inputs, scale=scale), stand_in
 
 
 def _dense_backward(*inputs: Array, scale: float) -> tuple[Array, ...]:
-    q, k, v, bias, lengths, do = inputs
+    q, k, v, bias, lengths, _, _, do = inputs
     _, pull = jax.vjp(lambda q, k, v, bias: _dense(q, k, v, bias, lengths, scale=scale), q, k, v, bias)
     found: tuple[Array, ...] = pull(do)
     return found
@@ -333,37 +364,43 @@ def _dense_backward(*inputs: Array, scale: float) -> tuple[Array, ...]:
 
 def _choose(options: _Options, tpu: Any, xla: Any, *arrays: Array) -> Any:
     tpu, xla = (functools.partial(rule, scale=options.scale) for rule in (tpu, xla))
-    # Inside the rules, so that nothing is kept between them on any platform.
+    # Inside the rules, so that the residuals are the same whichever platform a program is lowered for.
     return jax.lax.platform_dependent(*arrays, tpu=tpu, default=xla) if options.by_platform else tpu(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: _Options, q: Array, k: Array, v: Array, bias: Array, lengths: Array) -> Array:
-    found: Array = _choose(options, _forward, _dense, q, k, v, bias, lengths)
+    found: Array = _choose(options, _forward, _dense_forward, q, k, v, bias, lengths)[0]
     return found
 
 
 def _attend_forward(options: _Options, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attend(options, *inputs), inputs
+    out, lse = _choose(options, _forward, _dense_forward, *inputs)
+    # Kept with heads side by side, as the kernels have it: a TPU pads the last dimension of what it stores to 128.
+    flat, lse = (checkpoint_name(x, attention_xla.ATTENTION_RESIDUALS) for x in (*_flat(out), lse))
+    out = flat.reshape(out.shape)
+    return out, (*inputs, out, lse)
 
 
-def _attend_backward(options: _Options, inputs: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
-    return (*_choose(options, _backward, _dense_backward, *inputs, do), None)
+def _attend_backward(options: _Options, residuals: tuple[Array, ...], do: Array) -> tuple[Any, ...]:
+    return (*_choose(options, _backward, _dense_backward, *residuals, do), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attention(q: Array, k: Array, v: Array, *, bias: Array, kv_lengths: Array | None, scale: float, **_: Any) -> Array:
-    """q, k, v [B, S or K, N, D], bias [1, N, S, K]; see `attention.attention`."""
-    return _attend(_Options(scale, by_platform=False), *alike([q, k, v, bias, _lengths(k, kv_lengths)]))
+def attention(
+    q: Array, k: Array, v: Array, *, distance_bias: Array, kv_lengths: Array | None, scale: float, **_: Any
+) -> Array:
+    """q, k, v [B, S or K, N, D], distance_bias [N, 2F + 1]; see `attention.attention`."""
+    return _attend(_Options(scale, by_platform=False), *alike([q, k, v, distance_bias, _lengths(k, kv_lengths)]))
 
 
 def by_platform(
-    q: Array, k: Array, v: Array, *, bias: Array, kv_lengths: Array | None, scale: float, **_: Any
+    q: Array, k: Array, v: Array, *, distance_bias: Array, kv_lengths: Array | None, scale: float, **_: Any
 ) -> Array:
     """The same; by XLA's products where the platform is no TPU."""
-    return _attend(_Options(scale, by_platform=True), *alike([q, k, v, bias, _lengths(k, kv_lengths)]))
+    return _attend(_Options(scale, by_platform=True), *alike([q, k, v, distance_bias, _lengths(k, kv_lengths)]))
 
 
 def _lengths(k: Array, kv_lengths: Array | None) -> Array:

@@ -47,7 +47,7 @@ def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | Non
     """The same for `attention.attention` with its options."""
     if reason := refusal(q):
         return reason
-    for name in ("bias", "softcap", "prefix_lengths"):
+    for name in ("bias", "distance_bias", "softcap", "prefix_lengths"):
         if options[name] is not None:
             return f"does not take {name}"
     if not isinstance(options["q_offset"], int) or options["q_offset"] != 0:

@@ -21,8 +21,9 @@ def refusal_of_options(q: Array, k: Array, options: dict[str, Any]) -> str | Non
         return f"takes bfloat16 and float32, not {q.dtype}"
     if 0 in q.shape or 0 in k.shape:
         return f"takes no empty arrays, {q.shape} and {k.shape}"
-    if options["prefix_lengths"] is not None:
-        return "does not take prefix_lengths"
+    for name in ("bias", "prefix_lengths"):
+        if options[name] is not None:
+            return f"does not take {name}"
     if not isinstance(options["q_offset"], int):
         return "takes a q_offset that is a Python int"
     return None

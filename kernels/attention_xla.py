@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+ATTENTION_RESIDUALS = "attention"  # what policies of `jax.checkpoint` know output and statistics by
+
 
 def dense(
     q: Array,

@@ -86,6 +86,7 @@ def attention(
     q_offset: int | Array = 0,
     kv_lengths: Array | None = None,
     bias: Array | None = None,
+    distance_bias: Array | None = None,
     softcap: float | None = None,
     window: int | None = None,
     scale: float,
@@ -98,6 +99,10 @@ def attention(
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
+    if distance_bias is not None:
+        far = distance_bias.shape[1] // 2
+        distance = jnp.arange(k.shape[1]) - jnp.arange(q.shape[1])[:, None]
+        scores = scores + distance_bias[:, jnp.clip(distance, -far, far) + far]
     mask = attention_mask(
         q.shape[0],
         q.shape[1],

@@ -278,12 +278,15 @@ def attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
         # Query heads of a device must find their key heads there: all of them read one, or none are split.
         heads = heads if k.shape[2] == 1 else None
     key_heads = None if k.shape[2] == 1 else heads
-    specs = {
-        name: PartitionSpec(rows if x.shape[0] > 1 else None, heads if x.ndim > 1 and x.shape[1] > 1 else None)
-        if x.ndim > 1
-        else PartitionSpec(rows if x.ndim else None)
-        for name, x in arrays.items()
-    }
+
+    def spec(name: str, x: Any) -> PartitionSpec:
+        if name == "distance_bias":
+            return PartitionSpec(heads)
+        if x.ndim < 2:
+            return PartitionSpec(rows if x.ndim else None)
+        return PartitionSpec(rows if x.shape[0] > 1 else None, heads if x.shape[1] > 1 else None)
+
+    specs = {name: spec(name, x) for name, x in arrays.items()}
     head_dim = q.shape[3]
     own, others = PartitionSpec(rows, None, heads), PartitionSpec(rows, None, key_heads)
 

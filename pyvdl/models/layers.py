@@ -215,9 +215,6 @@ def relative_buckets(distance: np.ndarray | Array, *, causal: bool, num_buckets:
     return (offset + xp.where(distance < exact, distance, xp.minimum(far, num_buckets - 1))).astype(xp.int32)
 
 
-_ROWS = 128  # of a bias that are laid out one by one: windows of these begin at whole registers of a TPU
-
-
 class RelativeBias(nnx.Module):
     """T5's learned bias on scores by the relative position of key and query."""
 
@@ -229,31 +226,16 @@ class RelativeBias(nnx.Module):
         self.max_distance = max_distance
         self.table = nnx.Param(init_scale * jax.random.normal(rngs.params(), (num_buckets, num_heads)))
 
-    def __call__(self, length: int) -> Array:
-        """float32[1, N, S, S] for queries and keys at positions 0 to S - 1.
-
-        The bias depends on key - query only, so the matrix is laid out from one vector: up to `_ROWS` rows by rolling
-        it, and the rows below are windows of these. In the backward pass that is sums, where indexing by a matrix of
-        buckets would be a scatter of S * S updates. The vector repeated and reshaped would give the same in one step,
-        which the compiler for TPUs takes minutes to lay out.
-        """
-        blocks = -(-length // _ROWS)
+    def __call__(self) -> Array:
+        """float32[N, 2F + 1], the `distance_bias` of `attention`; F is max_distance, beyond which all are alike."""
         bucket = relative_buckets(
-            np.arange(-blocks * _ROWS, length),
+            np.arange(-self.max_distance, self.max_distance + 1),
             causal=self.causal,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        one_hot = np.eye(self.num_buckets, dtype=np.float32)[np.asarray(bucket)]
-        by_distance = jnp.einsum("pb,bn->np", one_hot, self.table[...], precision=jax.lax.Precision.HIGHEST)
-        rows = by_distance[:, None]
-        while rows.shape[1] < min(length, _ROWS):
-            rows = jnp.concatenate([rows, jnp.roll(rows, rows.shape[1], axis=-1)], axis=1)
-        windows = [
-            rows[:, : length - i * _ROWS, start : start + length]
-            for i, start in enumerate(range(blocks * _ROWS, 0, -_ROWS))
-        ]
-        return jnp.concatenate(windows, axis=1)[None]
+        one_hot = np.eye(self.num_buckets, dtype=np.float32)[np.asarray(bucket)]  # in the backward pass no scatter
+        return jnp.einsum("pb,bn->np", one_hot, self.table[...], precision=jax.lax.Precision.HIGHEST)
 
     def row(self, position: Array, length: int) -> Array:
         """float32[1, N, 1, K] for one query at `position` (traced int32) and keys at 0 to K - 1."""

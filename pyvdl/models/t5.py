@@ -113,8 +113,8 @@ class EncoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(self, x: Array, bias: Array, lengths: Array) -> Array:
-        """x [B, S, E], bias float32[1, N, S, S] on the scores, `lengths` int32[B] of valid tokens -> [B, S, E]."""
-        x = x + self.attention(x, bias=bias, kv_lengths=lengths)
+        """x [B, S, E], bias float32[N, 2F + 1] by distance, `lengths` int32[B] of valid tokens -> [B, S, E]."""
+        x = x + self.attention(x, distance_bias=bias, kv_lengths=lengths)
         return x + self.mlp(x)
 
 
@@ -125,8 +125,8 @@ class DecoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(self, x: Array, memory: Array, bias: Array, lengths: Array) -> Array:
-        """x [B * n, M, E], bias float32[1, N, M, M], memory [B, S, E] of `lengths` int32[B] valid tokens -> as x."""
-        x = x + self.attention(x, causal=True, bias=bias)
+        """x [B * n, M, E], bias float32[N, 2F + 1], memory [B, S, E] of `lengths` int32[B] valid tokens -> as x."""
+        x = x + self.attention(x, causal=True, distance_bias=bias)
         x = x + self.cross(x, *self.cross.keys_values(memory), lengths)
         return x + self.mlp(x)
 
@@ -177,8 +177,7 @@ class T5(nnx.Module):
     def encode(self, x: Array, mask: Array) -> Array:
         """[B, S, E] and bool[B, S], True for tokens and False for the padding after them -> [B, S, E]."""
         x = x.astype(self.config.dtype)
-        bias = self.encoder_bias(x.shape[1])
-        return self.encoder_norm(self.encoder(x, bias, valid_lengths(mask)))
+        return self.encoder_norm(self.encoder(x, self.encoder_bias(), valid_lengths(mask)))
 
     def decode(self, ids: Array, memory: Array, memory_mask: Array) -> Array:
         """int32[B * n, M] already shifted right, [B, S, E], bool[B, S] -> float32 logits [B * n, M, V]."""
@@ -253,6 +252,5 @@ class T5(nnx.Module):
 
     def _decode(self, ids: Array, memory: Array, memory_mask: Array) -> Array:
         """As `decode`, the states before the head."""
-        bias = self.decoder_bias(ids.shape[1])
         memory = memory.astype(self.config.dtype)
-        return self.decoder_norm(self.decoder(self.embed(ids), memory, bias, valid_lengths(memory_mask)))
+        return self.decoder_norm(self.decoder(self.embed(ids), memory, self.decoder_bias(), valid_lengths(memory_mask)))
