@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import jax
 import numpy as np
 import pytest
 
+from pyvdl import sharding
 from pyvdl.archives import Sample, read_archive, write_archive
+from pyvdl.commands.common import export_asked
 from pyvdl.data import Record
 from pyvdl.exports import export
 from pyvdl.jobs import Job, open_job
@@ -121,6 +126,21 @@ def test_an_archive_of_embeddings_is_made_in_little_more_than_its_memory(tmp_pat
         assert sorted(order) == list(range(2000))
         np.testing.assert_array_equal(found["embeddings"], wanted[order])
         assert {key: error for key, error in zip(found["keys"], found["errors"]) if error} == {"00007": "open: gone"}
+
+
+@pytest.mark.parametrize(("process", "fails"), [(0, False), (0, True), (1, False)])
+def test_processes_meet_when_the_first_has_exported(
+    process: int, fails: bool, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX ends them all five minutes after the first has come to its end, and an export may take longer."""
+    there = job.folder.local if fails else finish(job)
+    wrote = there / "captions.json" if there else Path()
+    met: list[bool] = []
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(sharding, "meet", lambda name: met.append(wrote.exists()))
+    with pytest.raises(ValueError, match="lacks 2 of 2 shards") if fails else contextlib.nullcontext():
+        export_asked(argparse.Namespace(distributed=True, out=str(there), export=["coco"]))
+    assert met == [process == 0 and not fails]
 
 
 def test_what_cannot_be_exported_is_told(job: Job, tmp_path: Path) -> None:

@@ -144,12 +144,15 @@ def asked_job(arguments: argparse.Namespace, load: Callable[[argparse.Namespace]
     from functools import partial
 
     from pyvdl.progress import reporting
+    from pyvdl.sources import is_url
 
     ray = arguments.engine == "ray"
     if ray and arguments.distributed:
         raise UsageError("--distributed does not go with --engine ray, which brings its own processes")
     if not ray and (arguments.workers is not None or arguments.worker_resources):
         raise UsageError("--workers and --worker-resources go with --engine ray")
+    if arguments.export and is_url(arguments.out):
+        raise UsageError(f"--export writes files and links into a local folder, and --out is {arguments.out}")
     asked = asked_input(arguments, **cutting_options(arguments))
     first = True  # of several processes
     run: Callable[..., JobSummary]
@@ -193,16 +196,28 @@ def asked_job(arguments: argparse.Namespace, load: Callable[[argparse.Namespace]
 
 
 def export_asked(arguments: argparse.Namespace) -> None:
-    """Writes a finished job in the formats that are asked for; of several processes the first does."""
+    """Writes a finished job in the formats that are asked for; of several processes the first does.
+
+    The others wait until it has: JAX gives those that end five minutes, and then ends all.
+    """
     from pyvdl.exports import export
 
-    if arguments.distributed:
-        import jax
+    def write() -> None:
+        for kind in arguments.export:
+            print(f"{kind}: {export(arguments.out, kind)}")
 
-        if jax.process_index():
-            return
-    for kind in arguments.export:
-        print(f"{kind}: {export(arguments.out, kind)}")
+    if not arguments.distributed:
+        write()
+        return
+    import jax
+
+    from pyvdl.sharding import meet
+
+    try:
+        if jax.process_index() == 0:
+            write()
+    finally:
+        meet("exported")
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
