@@ -132,8 +132,11 @@ def decode() -> None:
     lock = threading.Lock()
 
     def send(message: Done | Beat) -> None:
-        with lock:
-            link.send(message)
+        try:
+            with lock:
+                link.send(message)
+        except OSError:  # the parent is gone, or wants no more
+            os._exit(1)
 
     setup: Setup = link.recv()
     slots = np.ndarray(setup.shape, np.uint8, mmap.mmap(memory, int(np.prod(setup.shape))))
@@ -165,10 +168,7 @@ def _beat(loader: ClipLoader, requests: _Requests, send: Any) -> None:
         count = loader.clips_done + requests.fetched
         if count != told:
             told = count
-            try:
-                send(Beat(count))
-            except OSError:
-                os._exit(1)
+            send(Beat(count))
 
 
 def _end_with_parent() -> None:

@@ -123,14 +123,13 @@ class DecoderProcess:
                 done = self._wait(task)
                 self._under_way.clear()
                 if isinstance(done, Done):
+                    errors.pop(row, None)
                     errors.update(done.errors)
                     break
                 errors[row] = done
+                self._slots[batch.slot, row] = 0
                 if done.startswith("timed out"):
                     break
-                self._slots[batch.slot, row] = 0
-            else:
-                continue
         return self._frames(batch, errors)
 
     def _frames(self, task: Task, errors: dict[int, str]) -> Frames:

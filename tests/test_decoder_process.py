@@ -18,6 +18,7 @@ import pytest
 
 from pyvdl import decoder_process
 from pyvdl.config import ClipConfig
+from pyvdl.decoder_child import Task
 from pyvdl.decoder_process import DecoderProcess, measure_seconds
 from pyvdl.video import ClipLoader, ClipRequest
 from tests.clips import write_clip
@@ -149,6 +150,39 @@ def test_a_child_that_crashes_once_costs_nothing(decoder: DecoderProcess, videos
             assert decoder.pid is not None
             os.kill(decoder.pid, signal.SIGSEGV)
     np.testing.assert_array_equal(found, wanted(videos))
+
+
+def test_a_clip_that_crashes_once_when_alone_is_decoded(
+    decoder: DecoderProcess, videos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, kills = DecoderProcess._send, [False, True]  # with the batch, and with its first clip
+
+    def sends(self: DecoderProcess, task: Task) -> None:
+        send(self, task)
+        if kills and task.alone == kills[0]:
+            assert self.pid is not None
+            os.kill(self.pid, signal.SIGKILL)
+            del kills[0]
+
+    monkeypatch.setattr(DecoderProcess, "_send", sends)
+    (frames,) = decoder.decode([requests(videos[:2])])
+    assert (frames.errors, kills) == ([None, None], [])
+    np.testing.assert_array_equal(frames.data, wanted(videos[:2]))
+
+
+def test_a_child_whose_parent_wants_no_more_ends_in_silence(
+    decoder: DecoderProcess, videos: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While it decodes: it has something to tell then, and nobody to tell it to."""
+    next(decoder.decode([requests(videos[:1])])).release()
+    child = decoder._child
+    assert child is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    decoder._send(Task(0, dict(enumerate(requests(videos[:2]))), alone=False))
+    child.link.close()
+    os.kill(child.pid, signal.SIGCONT)
+    assert child.end(60.0) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_a_clip_that_always_crashes_fails_alone(videos: list[Path], tmp_path: Path) -> None:
