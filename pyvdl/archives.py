@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyvdl.data import Record, parse_object, parse_record, read_manifest
-from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary
+from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary, writable
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUFFIXES = " ".join(sorted(VIDEO_SUFFIXES))
@@ -148,7 +148,7 @@ def read_archive(path: str | os.PathLike[str]) -> list[Record]:
     for key, sample in samples.items():
         if sample.video is None:
             continue
-        record = _record(name, key, sample)
+        record = _record(name, writable(key), sample)
         if record.key in keys:
             raise ValueError(f"{name}: two samples have the key {record.key!r}: expected one")
         keys.add(record.key)

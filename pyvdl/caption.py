@@ -34,6 +34,7 @@ from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
 from pyvdl.rows import CaptionRow, Dropped, RowKind
 from pyvdl.sharding import BATCH_AXES, batch_sharding, host_pieces, put, tree_shardings
+from pyvdl.sources import writable
 from pyvdl.text import CAPTION_PROMPT
 from pyvdl.tokenizers import Tokenizer
 from pyvdl.video import ClipRequest
@@ -76,7 +77,7 @@ def clip_request(record: Record) -> ClipRequest:
 def clip_seed(record: Record, seed: int) -> int:
     """The uint32 seed of one clip in a job with `seed`: a stable hash of the clip's name and times."""
     name = f"{seed}\0{record.key}\0{record.start_seconds!r}\0{record.end_seconds!r}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(writable(name).encode(), digest_size=4).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True)

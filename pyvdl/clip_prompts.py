@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pyvdl.sources import writable
 from pyvdl.tokenizers import Tokenizer
 
 MAX_PROMPT_TOKENS = 256
@@ -75,7 +76,7 @@ class Prompts:
                 return self._none(f"the clip has no column {name!r}")
             if not isinstance(value, str | int | float):
                 return self._none(f"column {name!r} is a {type(value).__name__}, no text and no number")
-            texts.append(str(value))
+            texts.append(writable(str(value)))
         return self._encoded("".join(texts))
 
     def _encode(self, text: str) -> ClipPrompt:

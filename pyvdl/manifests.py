@@ -23,7 +23,7 @@ from pyvdl.archives import DamagedArchive, expand, read_archive
 from pyvdl.data import Record, parse_object, parse_record
 from pyvdl.decoder_process import measure_seconds
 from pyvdl.shots import Shots, cut_at_shots
-from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary
+from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary, writable
 
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 _NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
@@ -92,7 +92,7 @@ class Input:
             elif suffix in MANIFESTS:
                 yield from _read_manifest(file, suffix)
             else:
-                yield Record(key=file, video=file)
+                yield Record(key=writable(file), video=file)
 
     def sha256(self) -> str:
         """Stands for all clips listed: names, contents of manifests, sizes and times of tars."""
@@ -100,7 +100,8 @@ class Input:
         digest = hashlib.sha256(f"{window}\0{shortest}\0".encode())
         for file in self._files:
             suffix = _suffix(file)
-            digest.update(f"{file if is_url(file) else os.path.abspath(file)}\0".encode())
+            name = file if is_url(file) else os.path.abspath(file)
+            digest.update(f"{name}\0".encode(errors="surrogatepass"))
             if suffix in MANIFESTS:
                 with open_binary(file) as manifest:
                     while chunk := manifest.read(_CHUNK_BYTES):

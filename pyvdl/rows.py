@@ -18,12 +18,13 @@ from typing import Any, Literal, Self, TypedDict
 
 import numpy as np
 
-from pyvdl.sources import is_url
+from pyvdl.sources import is_url, writable
 from pyvdl.storage import Folder, read_object
 
 Format = Literal["parquet", "jsonl"]
 RowKind = Literal["captions", "embeddings", "parts"]  # what the rows of a job hold; parts are records, see `open_cuts`
-Kind = Literal["bool", "int", "float", "string", "strings", "json"]  # of the values of a carried column
+# Of the values of a carried column; "long" are numbers of which a float may be another.
+Kind = Literal["bool", "int", "long", "float", "string", "strings", "json"]
 FORMATS: Mapping[RowKind, tuple[Format, ...]] = {
     "captions": ("parquet", "jsonl"),
     "embeddings": ("parquet",),
@@ -33,6 +34,8 @@ JOB_FILE = "job.json"  # beside the shards: what was asked for
 _SHARD_NAME = re.compile(r"captions-(\d{5,})-of-(\d{5,})\.(parquet|jsonl)")
 _COLUMNS = b"pyvdl.columns"  # keys of a Parquet file's own metadata
 _COUNTS = b"pyvdl.counts"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_EXACT = 1 << 53  # a float holds each int up to here
 
 
 class Dropped(TypedDict):
@@ -82,7 +85,7 @@ class Row:
     def to_json(self) -> str:
         """One line of JSON."""
         values = {name: getattr(self, name) for name in self.names()}
-        return json.dumps(values | dict(self.extra), ensure_ascii=False)
+        return _json(values | dict(self.extra))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
@@ -149,8 +152,10 @@ def widened(kind: Kind | None, value: Any) -> Kind | None:
             return kind
         case bool():
             found = "bool"
-        case int() if -(1 << 63) <= value < 1 << 63:
+        case int() if -_EXACT <= value <= _EXACT:
             found = "int"
+        case int() if -(1 << 63) <= value < 1 << 63:
+            found = "long"
         case float():
             found = "float"
         case str():
@@ -161,7 +166,8 @@ def widened(kind: Kind | None, value: Any) -> Kind | None:
             found = "json"
     if kind is None or kind == found:
         return found
-    return "float" if {kind, found} == {"int", "float"} else "json"
+    other = found if kind == "int" else kind
+    return other if "int" in (kind, found) and other in ("long", "float") else "json"
 
 
 def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind]) -> bytes:
@@ -182,20 +188,41 @@ def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind
         kinds = {"caption": text, "log_prob": pa.float64(), "clip_score": pa.float64(), "reason": text}
         types |= {"captions": texts, "log_probs": numbers, "clip_scores": numbers, "seed": pa.int64()}
         types |= {"dropped": pa.list_(pa.struct(kinds))}
-    arrays = [pa.array(list(map(operator.attrgetter(name), rows)), kind) for name, kind in types.items()]
-    carried = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": text, "strings": texts}
+    arrays = [_array(list(map(operator.attrgetter(name), rows)), kind) for name, kind in types.items()]
+    carried = {"bool": pa.bool_(), "int": pa.int64(), "long": pa.int64(), "float": pa.float64()}
+    carried |= {"string": text, "strings": texts}
     for name, kind in columns.items():
         values = [row.extra.get(name) for row in rows]
         if kind == "json":
-            values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+            values = [None if value is None else _json(value) for value in values]
         types[name] = carried.get(kind, text)
-        arrays.append(pa.array(values, types[name]))
+        arrays.append(_array(values, types[name]))
     told = {"rows": counts.rows, "failed": counts.failed, "dropped": counts.dropped}
     metadata = {_COLUMNS: json.dumps(dict(columns)).encode(), _COUNTS: json.dumps(told).encode()}
     table = pa.Table.from_arrays(arrays, schema=pa.schema(list(types.items()), metadata=metadata))
     out = io.BytesIO()
     pa.parquet.write_table(table, out, compression="zstd")
     return out.getvalue()
+
+
+def _json(value: Any) -> str:
+    """With what is no UTF-8 as `writable` has it: in JSON with another backslash."""
+    return _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):x}", json.dumps(value, ensure_ascii=False))
+
+
+def _array(values: list[Any], kind: Any) -> Any:
+    """The Arrow array of a column."""
+    pa = _pyarrow()
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array(_writable(values), kind)
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return list(map(_writable, value))
+    return writable(value) if isinstance(value, str) else value
 
 
 def _decode_shard[R: Row](data: bytes, format: str, row: type[R], where: object) -> Iterator[R]:

@@ -163,5 +163,10 @@ def file_name(path: str | os.PathLike[str]) -> bytes:
     return name
 
 
+def writable(name: str) -> str:
+    """The name as UTF-8 can hold it: of a file whose name is none, with \\udcff in place of the byte ff."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _path(source: str | os.PathLike[str] | FileSlice) -> str:
     return os.fspath(source.path if isinstance(source, FileSlice) else source)

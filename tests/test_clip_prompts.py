@@ -187,6 +187,7 @@ def test_a_clip_without_a_prompt_is_told_why(tokenizer: WordTokenizer) -> None:
     prompts = Prompts(tokenizer, "a {x}")
     assert prompts.of({"x": "ball"}).text == "a ball"
     assert prompts.of({"x": 2.5}).text == "a 2.5"
+    assert prompts.of({"x": "\udcff"}).text == r"a \udcff"
     assert prompts.of({"x": None}).error == "prompt: the clip has no column 'x'"
     assert prompts.of({"x": ["ball"]}).error == "prompt: column 'x' is a list, no text and no number"
     longest = prompts.of({"x": "ball " * (MAX_PROMPT_TOKENS - 2)})  # and its end

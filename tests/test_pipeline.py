@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
+import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess
 from pyvdl.jobs import Job, load_job
+from pyvdl.manifests import Input
 from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.rows import CaptionRow, read_captions, shard_name
@@ -240,6 +243,27 @@ def test_a_video_that_vanishes_costs_its_row(
     assert (done.rows, done.failed) == (2, 1)
     rows = {row.key: row for row in read_captions(tmp_path / "out")}
     assert rows["clip-1"].error == f"open: {os.strerror(2)}"
+
+
+def test_names_that_are_not_utf8_cost_nothing(
+    model: VLM, tokenizer: WordTokenizer, records: list[Record], tmp_path: Path
+) -> None:
+    video = Path(records[0].video).read_bytes()
+    folder = os.fsencode(tmp_path / "videos")
+    os.mkdir(folder)
+    for name in (b"\xff.mp4", b"\xfe.mp4"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(video)
+    with tarfile.open(tmp_path / "videos" / "t.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        member = tarfile.TarInfo("café.mp4")
+        member.size = len(video)
+        tar.addfile(member, io.BytesIO(video))
+    asked = Input([tmp_path / "videos"], window_seconds=60.0)
+    done = job(model, tokenizer, asked, tmp_path / "out", input_sha256=asked.sha256())
+    assert (done.rows, done.failed) == (3, 0)
+    rows = {row.key: row for row in read_captions(tmp_path / "out")}
+    assert set(rows) == {r"caf\udce9#0000", *(rf"{tmp_path}/videos/\udc{byte}.mp4#0000" for byte in ("fe", "ff"))}
+    assert rows[r"caf\udce9#0000"].extra == {"group": r"caf\udce9"}
 
 
 def test_hugging_face_reads_the_shards(whole: Path, tmp_path: Path) -> None:

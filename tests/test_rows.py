@@ -53,6 +53,28 @@ def test_rows_survive_files(format: Format, tmp_path: Path) -> None:
     assert {value for value in found[1].extra.values()} <= {None}
 
 
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_what_utf8_cannot_say_is_written_otherwise(format: Format, tmp_path: Path) -> None:
+    """Names of files that are not UTF-8, and half pairs of surrogates."""
+    odd = {"title": "caf\udce9", "tags": ["x", "\ud83d"], "box": {"\udcff": ["\udcff"]}}
+    rows = [row("\udcff.mp4", video="/v/\udcff.mp4", extra=odd)]
+    (tmp_path / "rows").write_bytes(encode_shard(rows, format, {"title": "string", "tags": "strings", "box": "json"}))
+    (found,) = read_captions(tmp_path / "rows")
+    assert (found.key, found.video) == (r"\udcff.mp4", r"/v/\udcff.mp4")
+    assert found.extra == {"title": r"caf\udce9", "tags": ["x", r"\ud83d"], "box": {r"\udcff": [r"\udcff"]}}
+
+
+@pytest.mark.parametrize("ids", [[(1 << 60) + 1, 1.5, 2], [(1 << 60) + 1, 1, None]])
+def test_large_numbers_stay_what_they_are(ids: list[Any], tmp_path: Path) -> None:
+    kind = None
+    for value in ids:
+        kind = widened(kind, value)
+    assert kind is not None
+    rows = [row(str(i), extra={"id": value}) for i, value in enumerate(ids)]
+    (tmp_path / "rows").write_bytes(encode_shard(rows, "parquet", {"id": kind}))
+    assert [found.extra["id"] for found in read_captions(tmp_path / "rows")] == ids
+
+
 def test_files_of_a_job_have_one_schema_and_count_their_failures(tmp_path: Path) -> None:
     columns: Any = {"views": "int", "box": "json"}
     first, second = [failed("a", "open: gone")], [row("b", extra={"views": 1, "box": [1, {}]})]
@@ -78,6 +100,10 @@ def test_files_of_a_job_have_one_schema_and_count_their_failures(tmp_path: Path)
         ([["a"], []], "strings"),
         ([[1]], "json"),
         ([1 << 70], "json"),
+        ([1 << 60, None, 1], "long"),
+        ([1, 1 << 60], "long"),
+        ([1 << 60, 1.5, 2], "json"),  # a float would be another number
+        ([1 << 53, 1.5], "float"),
         (["a", 1], "json"),
         ([None], None),
     ],
