@@ -44,11 +44,12 @@ from bench.common import (
     ratio,
 )
 from pyvdl.caption import Captioner, Decoded, clip_request, clip_seed
+from pyvdl.columns import carried
 from pyvdl.config import ClipConfig, GemmaConfig, ViTConfig, VLMConfig
 from pyvdl.data import Record
 from pyvdl.decoder_process import DecoderProcess, Frames
 from pyvdl.generate import generate
-from pyvdl.jobs import Job, carried, open_job
+from pyvdl.jobs import Job, open_job
 from pyvdl.models import VLM
 from pyvdl.pipeline import Tally, run_shards
 from pyvdl.rows import CaptionRow

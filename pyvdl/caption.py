@@ -24,11 +24,11 @@ from jax.sharding import Mesh
 
 from pyvdl.arrays import clip_loader
 from pyvdl.clip_prompts import ClipPrompt, Prompts
+from pyvdl.columns import carried, prompt_values
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.filters import ClipScorer, Filters, Sample, reasons, recorded
 from pyvdl.generate import Samples, bucket, generate
-from pyvdl.jobs import carried
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
@@ -125,8 +125,8 @@ class _Drawn:
 class Captioner:
     """A model ready to caption: what it is told, how it draws, and on which devices of this process.
 
-    prompt: `{NAME}` in it is the clip's column of that name, or its key; a clip without it is a failed row. Clips whose
-    prompts are padded to the same length are captioned together.
+    prompt: `{NAME}` in it is the clip's column of that name, or its key, video, start_seconds or end_seconds; a clip
+    without it is a failed row. Clips whose prompts are padded to the same length are captioned together.
 
     The captions are drawn with nucleus sampling (`temperature` 0 is greedy), `num_samples` of at most `max_length`
     tokens. mesh: of devices of this process; the model and each batch are split over it.
@@ -215,7 +215,7 @@ class Captioner:
         return dataclasses.replace(batch, errors=errors)
 
     def _prompt(self, record: Record) -> ClipPrompt:
-        return self._prompts.of(carried(record) | {"key": record.key} if self._prompts.columns else {})
+        return self._prompts.of(prompt_values(record) if self._prompts.columns else {})
 
     def _draw(self, batch: Decoded) -> _Drawn:
         seeds = np.zeros(self.batch_size, np.uint32)

@@ -214,7 +214,7 @@ def run_on_cluster(
     with hold(folder), _connected(ray), _Pool(ray, workers, needs or {}, (load, folder.name, decoding, cut)) as pool:
         recipe = pool.recipe()
         if cut is not None and not is_listed(folder, input_sha256):
-            cuts = open_cuts(folder, cut.recipe(), records, input_sha256)
+            cuts = open_cuts(folder, cut.recipe(), records, input_sha256, recipe.get("prompt", ""))
             uncut = pool.run(cuts, cuts.missing(), progress)
             if uncut:
                 again = _reasons(", the same command tries them again: ", uncut)

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pyvdl.caption import Decoded, check_shares, model_digest, overlapped
+from pyvdl.columns import carried
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.filters import ClipEncoder
-from pyvdl.jobs import carried
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.rows import EmbeddingRow, RowKind
 

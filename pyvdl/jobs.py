@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
 import shutil
 import struct
@@ -23,12 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from pyvdl.clip_prompts import prompt_columns
+from pyvdl.columns import carried, check_prompt, texts_of
 from pyvdl.data import Record, parse_record, question_to_json
 from pyvdl.rows import (
     FORMATS,
     JOB_FILE,
-    ROW_NAMES,
     CaptionRow,
     Counts,
     Format,
@@ -48,9 +46,6 @@ from pyvdl.storage import Folder, read_object, refuse_another
 _SCRATCH = ".planning-"
 _BUCKETS = 4096
 _SPILL_BYTES = 64 << 20  # of lines that are kept in memory
-_TEXTS = ("narrative", "alt_text", "label", "split", "group")  # of a record
-_texts_of = operator.attrgetter(*_TEXTS)
-_NONE = (None,) * len(_TEXTS)  # as most records have it
 _CUTS = "cuts"
 _CUT_AT_ONCE = 100  # clips; few, so that little is lost where cutting stops
 _RATED = 32  # shards that a rate is taken from
@@ -204,24 +199,6 @@ class Job:
         return shard_name(shard, self.shards, self.format, self.kind)
 
 
-def carried(record: Record) -> dict[str, Any]:
-    """What a row takes over from its record. A column called as one of the row's own becomes source_NAME."""
-    values = _texts(record)
-    if record.captions:
-        values["captions"] = list(record.captions)
-    if record.questions:
-        values["questions"] = [question_to_json(question) for question in record.questions]
-    values |= record.extra
-    if ROW_NAMES.isdisjoint(values):
-        return values
-    return {f"source_{name}" if name in ROW_NAMES else name: value for name, value in values.items()}
-
-
-def _texts(record: Record) -> dict[str, Any]:
-    texts = _texts_of(record)
-    return {} if texts == _NONE else {name: text for name, text in zip(_TEXTS, texts) if text is not None}
-
-
 def open_job(
     folder: Folder,
     recipe: Mapping[str, Any],
@@ -267,14 +244,19 @@ def is_listed(folder: Folder, input_sha256: str | None) -> bool:
     return read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}").get("input_sha256") == input_sha256
 
 
-def open_cuts(folder: Folder, recipe: Mapping[str, Any], records: Iterable[Record], input_sha256: str | None) -> Job:
+def open_cuts(
+    folder: Folder, recipe: Mapping[str, Any], records: Iterable[Record], input_sha256: str | None, prompt: str
+) -> Job:
     """What has to be done before a job in this folder on the parts of long clips: to cut these, in a job beside it.
 
     Its shards are lists of clips, and then of their parts, so that they are cut by many and no clip twice. recipe: all
-    that the parts depend on besides the clips.
+    that the parts depend on besides the clips. prompt: what the parts are captioned with; ValueError before anything is
+    cut where it names a column that they will not have.
     """
     options: dict[str, Any] = {"shard_size": _CUT_AT_ONCE, "format": "jsonl", "kind": "parts"}
-    return open_job(folder / _CUTS, recipe, records, input_sha256=input_sha256, **options)
+    job = open_job(folder / _CUTS, recipe, records, input_sha256=input_sha256, **options)
+    check_prompt(prompt, {*job.columns, "group"})
+    return job
 
 
 def load_cuts(folder: Folder) -> Job:
@@ -324,10 +306,7 @@ class _Planner:
             work.remove(name)
         with _scratch(self._folder) as scratch:
             columns, count = self._read(records, scratch)
-            for name in prompt_columns(self._recipe.get("prompt", "")):
-                if name not in columns and name != "key":
-                    there = ", ".join(columns) or "none"
-                    raise ValueError(f"the prompt names {name!r}, and no clip has such a column; there are: {there}")
+            check_prompt(self._recipe.get("prompt", ""), columns)
             shards = -(-count // self._shard_size)
             digests = []
             for shard, data in enumerate(self._lists()):
@@ -449,7 +428,7 @@ def _line(record: Record, video: str) -> bytes:
         values["end_seconds"] = record.end_seconds
     if record.byte_range is not None:
         values["byte_range"] = record.byte_range
-    values |= _texts(record)
+    values |= texts_of(record)
     if record.captions:
         values["captions"] = record.captions
     if record.questions:

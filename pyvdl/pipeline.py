@@ -224,7 +224,7 @@ def run_job(
         maker = load()
         recipe = maker.recipe()
         if cut is not None and _first(lambda: not is_listed(folder, input_sha256)):
-            records = _cut(folder, records, cut, input_sha256, progress)
+            records = _cut(folder, records, cut, input_sha256, recipe.get("prompt", ""), progress)
         _first(lambda: open_job(folder, recipe, records, kind=maker.kind, **listing))
         job = load_job(folder)
         refuse_another(folder.name, dict(job.recipe), dict(job.recipe) | dict(recipe))
@@ -255,10 +255,10 @@ def run_job(
 
 
 def _cut(
-    folder: Folder, records: Iterable[Record], cut: Cut, input_sha256: str | None, progress: Report | None
+    folder: Folder, records: Iterable[Record], cut: Cut, input_sha256: str | None, prompt: str, progress: Report | None
 ) -> Iterator[Record]:
     """The parts of `records`: each process cuts every so-many-th list of clips, but for those that are cut already."""
-    _first(lambda: open_cuts(folder, cut.recipe(), records, input_sha256))
+    _first(lambda: open_cuts(folder, cut.recipe(), records, input_sha256, prompt))
     job = load_cuts(folder)
     own = [shard for shard in job.missing() if shard % jax.process_count() == jax.process_index()]
     done, waiting = 0, sum(map(job.size, own))

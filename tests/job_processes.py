@@ -13,9 +13,10 @@ from jax.experimental import multihost_utils
 
 from pyvdl import jobs
 from pyvdl.caption import Decoded
+from pyvdl.columns import carried
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
-from pyvdl.jobs import Job, carried
+from pyvdl.jobs import Job
 from pyvdl.manifests import Cut, Input
 from pyvdl.pipeline import run_job
 from pyvdl.progress import Report

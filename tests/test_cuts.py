@@ -17,7 +17,7 @@ from pyvdl.data import Record
 from pyvdl.jobs import Job, load_job
 from pyvdl.manifests import Cut, Input
 from pyvdl.storage import Folder
-from tests.job_processes import CUT, run
+from tests.job_processes import CUT, Free, run
 from tests.test_shots import write_shots
 
 LISTS = 2
@@ -82,6 +82,17 @@ def test_two_processes_cut_what_one_does(videos: Path, whole: Path, tmp_path: Pa
     assert results(tmp_path) == results(whole)
     by = sorted(path.name for path in (tmp_path / "notes").glob("cut-*"))
     assert by == [f"cut-{shard}-by-{shard % 2}" for shard in range(LISTS)]
+
+
+def test_a_prompt_is_looked_at_before_anything_is_cut(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Free, "recipe", lambda self: {"model_sha256": "m", "prompt": "{key} of {gruop}"})
+    with pytest.raises(ValueError, match=r"the prompt names 'gruop', and no clip has such a column; .*, group, "):
+        run(Input([videos]), tmp_path)
+    assert not list(tmp_path.glob("cuts/parts-*"))
+    monkeypatch.setattr(Free, "recipe", lambda self: {"model_sha256": "m", "prompt": "{key} of {group}"})
+    run(Input([videos]), tmp_path)  # in the same folder
 
 
 def test_what_was_cut_is_not_cut_again(

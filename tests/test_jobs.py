@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pyvdl import jobs
+from pyvdl.columns import carried, prompt_values
 from pyvdl.data import Question, Record
-from pyvdl.jobs import Job, Spill, carried, load_job, open_job
+from pyvdl.jobs import Job, Spill, load_job, open_job
 from pyvdl.rows import JOB_FILE, CaptionRow, read_captions
 from pyvdl.storage import Folder
 
@@ -128,6 +129,36 @@ def test_all_of_a_record_comes_back(tmp_path: Path) -> None:
         "views": "int",
         "when": "json",
     }
+
+
+def test_what_was_carried_once_is_carried_again() -> None:
+    """Rows of a job that are captioned by another."""
+    again = {
+        "seed": 9,
+        "source_seed": 8,
+        "source_source_seed": 7,
+        "captions": ["a"],
+        "source_captions": ["b"],
+        "source": "c",
+    }
+    assert carried(Record(key="a", video="v.mp4", extra=again)) == {
+        "source_seed": 9,
+        "source_source_seed": 8,
+        "source_source_source_seed": 7,
+        "source_captions": ["a"],
+        "source_source_captions": ["b"],
+        "source": "c",
+    }
+
+
+def test_a_prompt_names_columns_as_the_manifest_does(tmp_path: Path) -> None:
+    record = Record(key="a", video="/v/a.mp4", end_seconds=2.0, extra={"seed": 9, "question": "q"})
+    place = {"key": "a", "video": "/v/a.mp4", "start_seconds": 0.0, "end_seconds": 2.0}
+    assert prompt_values(record) == place | dict(record.extra)
+    begin(tmp_path / "good", [record], recipe={"prompt": "{seed} {question} {key} {video} {end_seconds}"})
+    for name in ("source_seed", "prompt"):
+        with pytest.raises(ValueError, match=f"'{name}', .*; there are: end_seconds, key, question, seed, start_s"):
+            begin(tmp_path / "bad", [record], recipe={"prompt": f"{{{name}}}"})
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])

@@ -29,6 +29,7 @@ FORBIDDEN = {
     "pyvdl.datasets": {"jax", "flax", "pyvdl.train", "pyvdl.models", "pyvdl.caption", "pyvdl.evaluate"},
     "pyvdl.storage": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
     "pyvdl.rows": {"jax", "flax", "pyvdl.video", "pyvdl.data"},
+    "pyvdl.columns": {"jax", "flax"},
     "pyvdl.manifests": {"jax", "flax"},
     "pyvdl.shots": {"jax", "flax"},
     "pyvdl.jobs": {"jax", "flax"},

@@ -115,8 +115,8 @@ def add_sampling(p: ArgumentParser) -> None:
     p.add_argument(
         "--prompt",
         type=_prompt,
-        help="task prompt (default: that of the model's captions); {NAME} in it is the clip's column of that name, or\n"
-        "its key, as in 'answer en {question}'",
+        help="task prompt (default: that of the model's captions); {NAME} in it is the clip's column of that name\n"
+        "(or key, video, start_seconds, end_seconds), as in 'answer en {question}'",
     )
     p.add_argument("--seed", type=unsigned, default=0, help="of the samples (default: 0)")
     p.add_argument("--format", choices=FORMATS["captions"], default="parquet", help="of --out (default: parquet)")
