@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from pyvdl.archives import Sample, write_archive
 from pyvdl.data import Record
 from pyvdl.jobs import Job, load_job
 from pyvdl.rows import CaptionRow, RowKind
-from pyvdl.sources import FileSlice, Source, is_url, read_whole
+from pyvdl.sources import VIDEO_SUFFIXES, FileSlice, Source, is_url, read_whole
 from pyvdl.storage import Folder, write_arrays, write_whole
 
 _MAX_BYTES = 4 << 30  # of one video
+_OF_FILES = re.compile(r"^(.*_)?file_names?(_carried)*$", re.DOTALL)  # to Hugging Face, but for what is carried
 
 
 def export(out: str | os.PathLike[str], kind: str) -> Path:
@@ -25,7 +27,8 @@ def export(out: str | os.PathLike[str], kind: str) -> Path:
     Of captions, rows without any are left out; where one caption is wanted it is the likeliest one.
 
     "coco": captions.json, COCO's results, [{"image_id": key, "caption": text}, ...].
-    "videofolder": Hugging Face's folder: links to the videos, and metadata.jsonl with all columns.
+    "videofolder": Hugging Face's folder: links to the videos, and metadata.jsonl with all columns; a carried
+        column whose name would make a file of it there, such as file_name, is file_name_carried.
     "webdataset": a tar for each shard: the video, its caption as text, and all columns as JSON. Clips that are parts
         of a video are copied with all of it.
 
@@ -78,10 +81,11 @@ def _videofolder(job: Job, out: Path) -> Path:
             for number, (record, row) in enumerate(_good(job, shard)):
                 if is_url(record.video):
                     raise ValueError(f"{record.video}: a folder of videos takes files, not URLs or members of tars")
-                name = f"{shard:05d}-{number:06d}{Path(record.video).suffix}"
+                name = f"{shard:05d}-{number:06d}.{_suffix(record.video)}"
                 (folder / name).unlink(missing_ok=True)
                 (folder / name).symlink_to(record.video)
-                yield json.dumps({"file_name": name} | json.loads(row.to_json()), ensure_ascii=False) + "\n"
+                told = {_OF_FILES.sub(r"\g<0>_carried", n): value for n, value in json.loads(row.to_json()).items()}
+                yield json.dumps({"file_name": name} | told, ensure_ascii=False) + "\n"
 
     write_whole(folder / "metadata.jsonl", lines())  # the last: without it the folder is none
     return folder
@@ -95,7 +99,7 @@ def _webdataset(job: Job, out: Path) -> Path:
             Sample(
                 key=f"{shard:05d}{number:06d}",
                 video=_content(record.source),
-                suffix=Path(record.video.partition("::")[0]).suffix.lower().removeprefix(".") or "mp4",
+                suffix=_suffix(record.video),
                 text=_best(row),
                 fields=json.loads(row.to_json()),
             )
@@ -103,6 +107,12 @@ def _webdataset(job: Job, out: Path) -> Path:
         )
         write_archive(folder / f"{shard:05d}.tar", samples)
     return folder
+
+
+def _suffix(video: str) -> str:
+    """Without the dot; "mp4" where it is none of videos, as at the end of a URL with a query."""
+    found = Path(video.partition("::")[0]).suffix.lower()
+    return found.removeprefix(".") if found in VIDEO_SUFFIXES else "mp4"
 
 
 def _content(source: Source) -> bytes | str:

@@ -24,6 +24,8 @@ from pyvdl.rows import CaptionRow, Dropped, EmbeddingRow
 from pyvdl.storage import Folder
 from tests.test_jobs import row
 
+OF_FILES = {"file_name": "of the manifest", "file_name_carried": "before", "sound_file_name": "a.wav"}
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
@@ -80,17 +82,34 @@ def test_tars_hold_videos_captions_and_columns(job: Job) -> None:
     assert ".mkv::" in found["member"].video
 
 
+def test_a_suffix_that_no_video_has_ends_no_export(tmp_path: Path) -> None:
+    names = ("a.v2", "b.mp4?token=1.2", "c", "d.MKV")
+    for name in names:
+        (tmp_path / name).write_bytes(b"video")
+    records = [Record(key=name, video=str(tmp_path / name)) for name in names]
+    there = finish(open_job(Folder(tmp_path / "job"), {"seed": 0}, records, shard_size=4, format="jsonl"))
+    (tar,) = export(there, "webdataset").iterdir()
+    videos = {record.key: record.video for record in read_archive(tar)}
+    assert {key: video.partition("::")[0].rpartition(".")[2] for key, video in videos.items()} == dict(
+        zip(names, ("mp4", "mp4", "mp4", "mkv"))
+    )
+    links = {path.resolve().name: path.suffix for path in export(there, "videofolder").glob("0*")}
+    assert links == dict(zip(names, (".mp4", ".mp4", ".mp4", ".mkv")))
+
+
 def test_a_folder_of_videos(job: Job, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a folder of videos takes files, not URLs or members of tars"):
         export(finish(job), "videofolder")
     assert not (tmp_path / "job" / "videofolder" / "metadata.jsonl").exists()
     files = [record for shard in range(job.shards) for record in job.work(shard) if record.byte_range is None]
+    files = [dataclasses.replace(file, extra=OF_FILES | dict(file.extra)) for file in files]
     plain = open_job(Folder(tmp_path / "plain"), {"seed": 0}, files, shard_size=2, format="jsonl")
     folder = export(finish(plain), "videofolder")
     (line,) = (folder / "metadata.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert (found["key"], found["captions"], found["views"]) == ("a/1.0", ["likely", "likelier"], 7)
     assert (folder / found["file_name"]).read_bytes() == b"a.mp4" * 10
+    assert {name: found[f"{name}_carried"] for name in OF_FILES} == OF_FILES
     read = datasets.load_dataset("videofolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert read.remove_columns("video").to_list() == [
         {name: value for name, value in found.items() if name not in ("file_name", "video")}
