@@ -28,7 +28,7 @@ from pyvdl.columns import carried, prompt_values
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.filters import ClipScorer, Filters, Sample, reasons, recorded
-from pyvdl.generate import Samples, bucket, generate
+from pyvdl.generate import Samples, bucket, check_drawing, generate
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
@@ -163,6 +163,7 @@ class Captioner:
         self.model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self.drawing: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length}
         self.drawing |= {"temperature": temperature, "top_p": top_p}
+        check_drawing(**self.drawing)
         self._prompts = Prompts(tokenizer, prompt)
         if mesh is not None:
             check_shares(batch_size, mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ _REMEMBERED = 4096  # texts; a clip's prompt is asked for to sort it, to draw an
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """int32[N, L] with L as short as the longest prompt allows: one shape for the set, whatever the batches."""
     ids = tokenizer.encode_prompts(prompts, MAX_PROMPT_TOKENS)
-    return ids[:, : max(1, int((ids != tokenizer.pad_id).sum(1).max(initial=0)))]
+    return ids[:, : _length(ids, tokenizer)]
+
+
+def _length(ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Up to the last token of int32[N, L] that is no padding: a text may have the word of that in its midst."""
+    return int(np.flatnonzero((ids != tokenizer.pad_id).any(0)).max(initial=0)) + 1
 
 
 def prompt_columns(prompt: str) -> tuple[str, ...]:
@@ -74,14 +80,14 @@ class Prompts:
             value = columns.get(name)
             if value is None:
                 return self._none(f"the clip has no column {name!r}")
-            if not isinstance(value, str | int | float):
+            if not isinstance(value, str | numbers.Number):
                 return self._none(f"column {name!r} is a {type(value).__name__}, no text and no number")
             texts.append(writable(str(value)))
         return self._encoded("".join(texts))
 
     def _encode(self, text: str) -> ClipPrompt:
-        ids = self._tokenizer.encode_prompts([text], MAX_PROMPT_TOKENS + 1)[0]
-        ids = ids[: max(1, int((ids != self._tokenizer.pad_id).sum()))]
+        found = self._tokenizer.encode_prompts([text], MAX_PROMPT_TOKENS + 1)
+        ids = found[0, : _length(found, self._tokenizer)]
         if len(ids) > MAX_PROMPT_TOKENS:
             return self._none(f"more than {MAX_PROMPT_TOKENS} tokens: {text!r:.60}")
         return ClipPrompt(text=text, ids=ids)

@@ -93,14 +93,11 @@ def generate(
             stands for seeds, seeds + 1, ...
     """
     ends = _as_tuple(end_ids)
-    _check_at_least(1, num_samples=num_samples, max_length=max_length, num_beams=num_beams)
+    check_drawing(num_samples=num_samples, max_length=max_length, temperature=temperature, top_p=top_p)
+    _check_at_least(1, num_beams=num_beams)
     _check_at_least(0, no_repeat_ngram=no_repeat_ngram)
     if top_k is not None:
         _check_at_least(1, top_k=top_k)
-    if temperature != 0 and not temperature >= _COLDEST:
-        raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     if num_beams > 1:
         if num_samples > num_beams:
             raise ValueError(f"num_samples must be at most num_beams = {num_beams}, not {num_samples}")
@@ -134,6 +131,15 @@ def generate(
             no_repeat_ngram=no_repeat_ngram,
         ),
     )
+
+
+def check_drawing(*, num_samples: int, max_length: int, temperature: float, top_p: float) -> None:
+    """ValueError where `generate` would not take them; who has long work before it asks early."""
+    _check_at_least(1, num_samples=num_samples, max_length=max_length)
+    if temperature != 0 and not temperature >= _COLDEST:
+        raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
 
 
 def score(

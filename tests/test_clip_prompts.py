@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
 
 from pyvdl import caption as caption_module
 from pyvdl import pipeline
 from pyvdl.__main__ import main
 from pyvdl.caption import Captioner, caption_records
-from pyvdl.clip_prompts import MAX_PROMPT_TOKENS, Prompts, prompt_columns
+from pyvdl.clip_prompts import MAX_PROMPT_TOKENS, Prompts, encode_prompts, prompt_columns
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.generate import bucket
@@ -24,6 +26,7 @@ from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
+from pyvdl.tokenizers import load_tokenizer
 from tests.clips import write_clips
 from tests.models import tiny_vlm
 
@@ -188,7 +191,9 @@ def test_columns_of_a_prompt() -> None:
 def test_a_clip_without_a_prompt_is_told_why(tokenizer: WordTokenizer) -> None:
     prompts = Prompts(tokenizer, "a {x}")
     assert prompts.of({"x": "ball"}).text == "a ball"
-    assert prompts.of({"x": 2.5}).text == "a 2.5"
+    for number in (2.5, np.float32(2.5)):
+        assert prompts.of({"x": number}).text == "a 2.5"
+    assert prompts.of({"x": np.int64(2)}).text == "a 2"
     assert prompts.of({"x": "\udcff"}).text == r"a \udcff"
     assert prompts.of({"x": None}).error == "prompt: the clip has no column 'x'"
     assert prompts.of({"x": ["ball"]}).error == "prompt: column 'x' is a list, no text and no number"
@@ -203,6 +208,16 @@ def test_a_clip_without_a_prompt_is_told_why(tokenizer: WordTokenizer) -> None:
 def test_the_command_says_what_is_wrong_with_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["caption", "video.mp4", "--prompt", "what is {"]) == 2
     assert "a column is {NAME}" in capsys.readouterr().err
+
+
+def test_a_text_with_the_word_of_padding_keeps_its_end(tmp_path: Path) -> None:
+    library = Library(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "dog": 3, "runs": 4}, unk_token="a"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["<pad>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, "t5")
+    assert Prompts(tokenizer, "a {x} runs").of({"x": "<pad> dog"}).ids.tolist() == [2, 0, 3, 4, 1]
+    assert encode_prompts(tokenizer, ["a <pad> dog", "a"]).tolist() == [[2, 0, 3, 1], [2, 1, 0, 0]]
 
 
 def test_a_column_called_as_one_of_the_row_is_found(model: VLM, tokenizer: WordTokenizer) -> None:

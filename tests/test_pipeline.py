@@ -209,6 +209,19 @@ def test_another_job_in_the_same_folder_is_refused(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 1e-7}, {"top_p": 0.0}, {"num_samples": 0}, {"max_length": 0}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_captions_that_cannot_be_drawn_begin_no_job(
+    wrong: dict[str, Any], model: VLM, tokenizer: WordTokenizer, records: list[Record], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        job(model, tokenizer, records, tmp_path, **wrong)
+    assert not (tmp_path / "job.json").exists()
+
+
 def test_a_disk_that_is_full_stops_the_job_and_no_shard_is_lost(
     model: VLM,
     tokenizer: WordTokenizer,
