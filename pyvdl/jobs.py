@@ -51,7 +51,8 @@ _CUT_AT_ONCE = 100  # clips; few, so that little is lost where cutting stops
 _RATED = 32  # shards that a rate is taken from
 _DIGEST = 32  # characters
 _PREFIX = 48  # characters of a line of work that only order it
-_HALF_WRITTEN = re.compile(r"\.(captions|embeddings|parts)-\d{5,}-of-\d{5,}\.(parquet|jsonl)\.[0-9a-f]{32}")
+_SHARD = r"(captions|embeddings|parts)-\d{5,}-of-\d{5,}\.(parquet|jsonl)"
+_HALF_WRITTEN = re.compile(rf"\.({_SHARD}|job\.json|probe|\.probe\.[0-9a-f]{{32}})\.[0-9a-f]{{32}}")
 _WORK_NAME = re.compile(r"\d{5,}-of-\d{5,}\.jsonl|\.\d{5,}-of-\d{5,}\.jsonl\.[0-9a-f]{32}")  # and one half written
 
 
@@ -226,15 +227,21 @@ def open_job(
     if JOB_FILE not in names:
         if finished := sorted(name for name in names if name.startswith(("captions-", "embeddings-"))):
             raise ValueError(f"{folder.name} holds {finished[0]} but no {JOB_FILE}: choose another folder")
+        _remove_half_written(folder, names)
         return _Planner(folder, asked, shard_size).write(records, input_sha256)
     found = read_object(folder.read(JOB_FILE), f"{folder.name}/{JOB_FILE}")
     refuse_another(folder.name, found.get("recipe", {}), asked)
-    for name in filter(_HALF_WRITTEN.fullmatch, names):  # by a process that was killed
-        folder.remove(name)
+    _remove_half_written(folder, names)
     job = load_job(folder)
     if not is_listed(folder, input_sha256):
         _Planner(folder, asked, shard_size).compare(records, job)
     return job
+
+
+def _remove_half_written(folder: Folder, names: Iterable[str]) -> None:
+    """What a process that was killed has left."""
+    for name in filter(_HALF_WRITTEN.fullmatch, names):
+        folder.remove(name)
 
 
 def is_listed(folder: Folder, input_sha256: str | None) -> bool:

@@ -20,6 +20,14 @@ from pyvdl.rows import JOB_FILE, CaptionRow, read_captions
 from pyvdl.storage import Folder
 
 RECIPE = {"seed": 3, "model_sha256": "m"}
+ONCE = uuid.uuid4().hex
+# What a kill leaves behind.
+HALF_WRITTEN = [
+    f".captions-00001-of-00008.jsonl.{ONCE}",
+    f".job.json.{ONCE}",
+    f".probe.{ONCE}",
+    f"..probe.{ONCE}.{ONCE}",
+]
 
 
 def clips(videos: int = 20, each: int = 3) -> list[Record]:
@@ -169,13 +177,13 @@ def test_the_same_call_goes_on(where: str, tmp_path: Path) -> None:
     for shard in (0, 3):
         job.finish(shard, [row(record) for record in job.work(shard)])
     before = (folder.read(JOB_FILE), (folder / "work").names())
-    for left in (half := f".captions-00001-of-00008.jsonl.{uuid.uuid4().hex}", ".notes"):
+    for left in (*HALF_WRITTEN, ".notes"):
         folder.write(left, b"half")
     again = begin(folder, records)  # compared clip by clip
     unread: Any = None
     assert begin(folder, unread, input_sha256="i") == again == dataclasses.replace(job, folder=again.folder)
     assert again.missing() == [1, 2, 4, 5, 6, 7]
-    assert half not in folder.names()
+    assert not {*HALF_WRITTEN} & {*folder.names()}
     assert ".notes" in folder.names()
     assert (folder.read(JOB_FILE), (folder / "work").names()) == before
     for shard in again.missing():
@@ -265,6 +273,8 @@ def test_a_planning_that_was_killed_leaves_nothing_behind(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path, stops())
     (tmp_path / ".planning-left").mkdir()
+    for left in HALF_WRITTEN:
+        (tmp_path / left).write_bytes(b"half")
     (tmp_path / "work" / "00000-of-00099.jsonl").write_bytes(b"")
     (tmp_path / "work" / f".00000-of-00099.jsonl.{uuid.uuid4().hex}").write_bytes(b"half")
     (tmp_path / "work" / "notes.txt").write_text("of somebody who calls a folder so, too")

@@ -375,6 +375,7 @@ def test_caption_with_filters(run: Run, corpus: Path, vlm: Path, dual: Path, tmp
     code, out, _ = run("caption", corpus / "test.jsonl", *options, "--min-log-prob=0", "--out", tmp_path / "job")
     assert code == 0
     assert re.search(r"(\d+) captions dropped \(\1 by min_log_prob\)", out)
+    assert run("caption", video, *options, "--min-log-prob=0") == (0, "(all dropped)\n", "")
     code, _, err = run("caption", video, *options, "--min-clip-score", "0.2")
     assert (code, "goes with --clip-score" in err) == (2, True)
     code, _, err = run("caption", video, *options, "--max-overlap", "1.5")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pyvdl.models.weights import Place
     from pyvdl.tokenizers import Tokenizer
 
+_ALL_DROPPED = "(all dropped)"  # in the place of captions
+
 
 def caption(arguments: argparse.Namespace) -> int:
     from pyvdl.caption import caption_records
@@ -56,9 +58,9 @@ def caption(arguments: argparse.Namespace) -> int:
             elif alone and row.status == "failed":
                 raise ValueError(f"{row.video}: {row.error}")
             elif alone:
-                print("\n".join(row.captions))
+                print("\n".join(row.captions or [_ALL_DROPPED]))
             else:
-                texts = [row.error] if row.error else row.captions or ["(all dropped)"]
+                texts = [row.error] if row.error else row.captions or [_ALL_DROPPED]
                 table.append([row.key, row.status, texts[0]])
                 table += [["", "", text] for text in texts[1:]]
     if table:
