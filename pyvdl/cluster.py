@@ -204,8 +204,9 @@ def run_on_cluster(
 
     In the place of a worker that is lost another begins on whatever host has room, and its shards go to the next that
     is free. After five in a row that were lost before they had finished a shard, while they loaded the model perhaps,
-    no other begins; RuntimeError when none is left. A shard that fails by itself is tried by another worker, then left
-    out: RuntimeError names it when all others are done. OSError where a shard cannot be written.
+    no other begins; RuntimeError when none is left. A shard that fails by itself is tried by another worker, where
+    there is one, then left out: RuntimeError names it when all others are done. OSError where a shard cannot be
+    written.
     """
     ray = _ray()
     folder = Folder(out if is_url(out) else os.path.abspath(out))

@@ -75,6 +75,7 @@ def write_job_page(job: Job, path: Path, *, seed: int = 0) -> None:
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         rows=counts.rows,
         failed=counts.failed.total(),
+        emptied=counts.emptied,
         shards_done=len(done),
         sample=sample,
         mean_words=_mean(sample.words),
@@ -111,7 +112,7 @@ def _draw_rows(job: Job, done: Sequence[int], draws: random.Random) -> _Sample:
             break
         for row in job.captions(shard):
             sample.rows += 1
-            if row.status != "ok":
+            if not row.captions:
                 continue
             sample.captioned += 1
             sample.captions += len(row.captions)

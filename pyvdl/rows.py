@@ -125,11 +125,13 @@ class Counts:
     rows: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by the kind of error
     dropped: Counter[str] = field(default_factory=Counter)  # captions, by the name of the filter
+    emptied: int = 0  # rows of which filters dropped all captions
 
     def add(self, row: Row) -> None:
         self.rows += 1
         if isinstance(row, CaptionRow) and row.dropped:
             self.dropped.update(caption["reason"] for caption in row.dropped)
+            self.emptied += not row.captions
         if row.error is not None:
             self.failed[row.error.partition(":")[0]] += 1
 
@@ -137,6 +139,7 @@ class Counts:
         self.rows += other.rows
         self.failed += other.failed
         self.dropped += other.dropped
+        self.emptied += other.emptied
         return self
 
 
@@ -197,8 +200,7 @@ def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind
             values = [None if value is None else _json(value) for value in values]
         types[name] = carried.get(kind, text)
         arrays.append(_array(values, types[name]))
-    told = {"rows": counts.rows, "failed": counts.failed, "dropped": counts.dropped}
-    metadata = {_COLUMNS: json.dumps(dict(columns)).encode(), _COUNTS: json.dumps(told).encode()}
+    metadata = {_COLUMNS: json.dumps(dict(columns)).encode(), _COUNTS: json.dumps(vars(counts)).encode()}
     table = pa.Table.from_arrays(arrays, schema=pa.schema(list(types.items()), metadata=metadata))
     out = io.BytesIO()
     pa.parquet.write_table(table, out, compression="zstd")
@@ -259,7 +261,7 @@ def count_shard(folder: Folder, name: str) -> Counts:
     if name.endswith(".parquet"):
         with folder.open(name) as file:
             told = json.loads(_pyarrow().parquet.read_metadata(file).metadata[_COUNTS])
-        return Counts(told["rows"], Counter(told["failed"]), Counter(told["dropped"]))
+        return Counts(**told | {"failed": Counter(told["failed"]), "dropped": Counter(told["dropped"])})
     for row in read_shard(folder, name, CaptionRow):
         counts.add(row)
     return counts

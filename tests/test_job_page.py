@@ -14,7 +14,7 @@ from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.job_page import write_job_page
 from pyvdl.jobs import Job, open_job
-from pyvdl.rows import CaptionRow
+from pyvdl.rows import CaptionRow, Dropped
 from pyvdl.storage import Folder
 from tests.clips import write_clip
 
@@ -24,7 +24,9 @@ RECIPE = {
     "prompt": "<p>",
 }
 FAILURES = {7: "open: no such file", 20: "timed out: nothing came", 21: "open: it is <empty>"}
+EMPTIED = 9  # a clip whose captions were dropped
 CLIPS, SHARD = 40, 8
+GONE: Dropped = {"caption": "a a a", "log_prob": -1.0, "clip_score": None, "reason": "max_repetition"}
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +52,22 @@ def finish(job: Job, shards: int) -> None:
     for shard in range(shards):
         rows = []
         for record in job.work(shard):
-            error = FAILURES.get(int(record.key.removeprefix("clip")))
+            number = int(record.key.removeprefix("clip"))
+            error = FAILURES.get(number)
+            captions = [] if error or number == EMPTIED else [f"{record.key} & more", "a ball"]
             rows.append(
                 CaptionRow(
                     key=record.key,
                     video=record.video,
                     start_seconds=record.start_seconds,
                     end_seconds=record.end_seconds,
-                    captions=[] if error else [f"{record.key} & more", "a ball"],
-                    log_probs=[] if error else [-3.0, -1.5],
-                    prompt="<p>",
+                    captions=captions,
+                    log_probs=[-3.0, -1.5][: len(captions)],
+                    prompt=f"is it <{number}>?" if number % 2 else "<p>",
                     status="failed" if error else "ok",
                     error=error,
                     seed=0,
+                    dropped=[GONE] if number == EMPTIED else [],
                 )
             )
         job.finish(shard, rows)
@@ -75,7 +80,8 @@ def test_the_page_of_a_finished_job(job: Job, tmp_path: Path) -> None:
     write_job_page(job, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     words = " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
-    assert "37 of 40 clips have captions, 3 failed (7.5% of those done)" in words
+    assert "36 of 40 clips have captions, 3 failed (7.5% of those done), filters left 1 without any." in words
+    assert "72 captions of 36 clips" in words
     assert "0.8 clips a second over the 40 s from the first shard to the last" in words
     assert "2.5 words a caption 2 captions a clip, 2.0 of them different" in words
     assert "open: 2 clips" in words
@@ -92,6 +98,7 @@ def test_the_page_of_a_finished_job(job: Job, tmp_path: Path) -> None:
         assert key is not None
         assert f"<dd>clip{key[1]} &amp; more</dd>" in film
         assert film.index("-1.5") < film.index("-3.0")
+        assert (f"<p>is it &lt;{key[1]}&gt;?</p>" in film) == bool(int(key[1]) % 2)
         there = int(key[1]) % 6 < 3
         assert film.count("data:image/jpeg") == (8 if there else 0)
         assert ("No frames any more: open: " in film) != there

@@ -11,6 +11,8 @@ import pytest
 
 from pyvdl.rows import (
     CaptionRow,
+    Counts,
+    Dropped,
     Format,
     captions_by_key,
     count_shard,
@@ -77,7 +79,9 @@ def test_large_numbers_stay_what_they_are(ids: list[Any], tmp_path: Path) -> Non
 
 def test_files_of_a_job_have_one_schema_and_count_their_failures(tmp_path: Path) -> None:
     columns: Any = {"views": "int", "box": "json"}
-    first, second = [failed("a", "open: gone")], [row("b", extra={"views": 1, "box": [1, {}]})]
+    gone: Dropped = {"caption": "a a", "log_prob": -1.0, "clip_score": None, "reason": "keep_best"}
+    dropped: Any = {"captions": [], "log_probs": [], "dropped": [gone]}
+    first, second = [failed("a", "open: gone")], [row("b", extra={"views": 1, "box": [1, {}]}, **dropped)]
     for number, rows in enumerate((first, second)):
         (tmp_path / shard_name(number, 2, "parquet")).write_bytes(encode_shard(rows, "parquet", columns))
     schemas = [pyarrow.parquet.read_schema(path) for path in sorted(tmp_path.iterdir())]
@@ -85,7 +89,7 @@ def test_files_of_a_job_have_one_schema_and_count_their_failures(tmp_path: Path)
     assert schemas[0].names == [*CaptionRow.names(), "views", "box"]
     counts = count_shard(Folder(tmp_path), shard_name(0, 2, "parquet"))
     counts += count_shard(Folder(tmp_path), shard_name(1, 2, "parquet"))
-    assert (counts.rows, counts.failed) == (2, Counter({"open": 1}))
+    assert counts == Counts(2, Counter({"open": 1}), Counter({"keep_best": 1}), 1)
     assert [found.extra for found in read_captions(tmp_path)][1] == {"views": 1, "box": [1, {}]}
 
 
