@@ -30,7 +30,7 @@ from pyvdl.generate import bucket, generate
 from pyvdl.models import VLM, DualEncoder
 from pyvdl.plan import CHIPS, Chip, Request, captioning_tensor, parse_topology, resolve, suitable_mesh
 from pyvdl.recipes import text_lengths
-from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, tree_shardings
+from pyvdl.sharding import BATCH_AXES, TENSOR_AXIS, batch_sharding, make_mesh, shares_of_a_process, tree_shardings
 from pyvdl.step import make_step, placed, shapes, split
 
 # Of their floor that attention kernels reach on v5e by the simulator, `python -m bench.tpu_aot`: the towers', T5's with
@@ -59,6 +59,7 @@ def training(request: Request) -> dict[str, Any]:
             f"batch_size = {run.batch_size} in {run.accumulate} parts does not divide over {rows} shares: "
             "set fsdp and tensor, or another batch_size"
         )
+    shares_of_a_process(mesh)
     state = placed(state, mesh)
     frames = shape.vision.num_frames if request.recipe == "train" else shape.num_frames
     size, batch = shape.vision.image_size, run.batch_size

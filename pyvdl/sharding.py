@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pyvdl import kernels
@@ -52,7 +53,9 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = No
     if fsdp < 1 or tensor < 1 or count % (fsdp * tensor):
         raise ValueError(f"fsdp * tensor must divide the {count} devices, not be {fsdp} * {tensor}")
     shape = (count // (fsdp * tensor), fsdp, tensor)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    # jax.make_mesh does not split an axis of the slice over two of the mesh, but on v5e: 4 x 4 x 4 has no 32 x 2 then.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def join() -> None:
@@ -152,17 +155,36 @@ def optimizer_shardings(opt_state: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
+@functools.cache
+def shares_of_a_process(mesh: Mesh) -> int:
+    """Returns how many shares of a batch each process of the mesh holds, next to each other or not.
+
+    Raises ValueError where a share is spread over processes, which would take rows of their own for the same ones, or
+    where some hold more than others.
+    """
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, mesh.shape[TENSOR_AXIS])
+    counts = np.unique(owners[:, 0], return_counts=True)[1]
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    if (owners != owners[:, :1]).any():
+        raise ValueError(
+            f"on the mesh {sizes}, devices that take the same rows are of several processes: set a smaller tensor, and "
+            "a batch_size that divides over the more shares"
+        )
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(
+            f"on the mesh {sizes}, processes hold {min(counts)} to {max(counts)} shares: give each as many"
+        )
+    return int(counts[0])
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Starts the copies to the devices and returns global arrays whose first axis is split over the batch axes.
 
-    `batch` is this process's share; every process holds an equal one.
+    `batch` is this process's share; every process holds an equal one. Its rows go to its devices in the mesh's order,
+    which may have those of other processes between them.
     """
-    count = math.prod(mesh.local_mesh.shape[axis] for axis in BATCH_AXES)
+    count = shares_of_a_process(mesh)
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if count * jax.process_count() != shares:  # two processes would take their own rows for the same ones
-        raise ValueError(
-            f"tensor={mesh.shape[TENSOR_AXIS]} reaches over devices of several processes: it must divide those of one"
-        )
     for name, value in batch.items():
         if len(value) % count:
             raise ValueError(

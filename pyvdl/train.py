@@ -29,7 +29,15 @@ from pyvdl.config import TrainConfig
 from pyvdl.log import History, Log, sentence
 from pyvdl.optim import make_optimizer
 from pyvdl.progress import Progress
-from pyvdl.sharding import BATCH_AXES, contrastive_loss, make_mesh, put, put_batch, replicated
+from pyvdl.sharding import (
+    BATCH_AXES,
+    contrastive_loss,
+    make_mesh,
+    put,
+    put_batch,
+    replicated,
+    shares_of_a_process,
+)
 from pyvdl.step import FAILED_SHARE, WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
 from pyvdl.text import PAD_ID
 
@@ -163,6 +171,7 @@ def check_settings(model: nnx.Module, config: TrainConfig) -> None:
     split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
     mesh = make_mesh(config.fsdp, config.tensor)
+    shares_of_a_process(mesh)
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size // config.accumulate % rows:
         raise ValueError(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ JOBS = {
     "language": (["adapt", "--stage", "language"], []),
     "dual encoder": (["train", "--captions", "human"], [*VISION, "model.vision.num_frames=2", "model.text.depth=1"]),
 }
+COMMAND = ("-m", "pyvdl")
+# The same on a mesh in which the devices of two processes take turns, as most meshes of TPU slices have them.
+INTERLEAVED = (
+    "-c",
+    """
+import sys
+from jax.experimental import mesh_utils
+from pyvdl.__main__ import main
+
+in_order = mesh_utils.create_device_mesh
+
+def take_turns(shape, devices, **options):
+    found = in_order(shape, devices, **options).flatten()
+    return found.reshape(2, -1).T.reshape(shape)
+
+mesh_utils.create_device_mesh = take_turns
+sys.exit(main())
+""",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +79,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_all(
-    job: str, manifest: Path, out: Path, count: int, models: Path, *settings: str
+    job: str, manifest: Path, out: Path, count: int, models: Path, *settings: str, program: Sequence[str] = COMMAND
 ) -> list[subprocess.Popen[str]]:
     """As many processes, which have as many devices in all whatever their number. models: where visual/model is."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     verb, own = JOBS[job]
-    command = [sys.executable, "-m", "pyvdl", *verb, "--data", str(manifest), "--out", str(out)]
+    command = [sys.executable, *program, *verb, "--data", str(manifest), "--out", str(out)]
     command += [f"--set={setting}" for setting in (*COMMON, *own, *settings)]
     if job == "language":
         command += ["--model", str(models / "visual" / "model")]
@@ -125,12 +145,16 @@ def alone(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("job", "count", "fsdp"), [("visual", 4, 1), ("language", 2, 4), ("dual encoder", 2, 1)])
+@pytest.mark.parametrize(
+    ("job", "count", "fsdp", "program"),
+    [("visual", 4, 1, COMMAND), ("language", 2, 4, COMMAND), ("dual encoder", 2, 1, INTERLEAVED)],
+    ids=["visual", "language", "dual encoder"],
+)
 def test_several_processes_train_as_one(
-    job: str, count: int, fsdp: int, manifest: Path, alone: Path, tmp_path: Path
+    job: str, count: int, fsdp: int, program: Sequence[str], manifest: Path, alone: Path, tmp_path: Path
 ) -> None:
     """With fsdp 4 no process has a whole matrix, neither of the model that it starts from nor of what it saves."""
-    finish(start_all(job, manifest, tmp_path / "run", count, alone, f"fsdp={fsdp}"))
+    finish(start_all(job, manifest, tmp_path / "run", count, alone, f"fsdp={fsdp}", program=program))
     compare(tmp_path / "run", alone / job)
 
 

@@ -179,6 +179,9 @@ def test_a_recipe_is_compiled_for_a_slice(capsys: pytest.CaptureFixture[str]) ->
     # Inside an error of libtpu's process, what it says reaches the user.
     with pytest.raises(PlanError, match="batch_size = 8 in 1 parts does not divide over 16 shares"):
         plan.plan(Request("train", "toy", "v5e:4x4", ("fsdp=16",)))
+    # Too few clips for the chips: as training would refuse it.
+    with pytest.raises(PlanError, match=r"data 32 x fsdp 1 x tensor 4, .* of several processes: set a smaller tensor"):
+        plan.plan(Request("train", "toy", "v5e:8x16", ("batch_size=32",)))
 
 
 def test_captions_are_compiled_for_one_host(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +19,18 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from pyvdl.sharding import AXES, BATCH_AXES, make_mesh, optimizer_shardings, place, put, put_batch, replicated
+from pyvdl.plan import compiler_environment
+from pyvdl.sharding import (
+    AXES,
+    BATCH_AXES,
+    make_mesh,
+    optimizer_shardings,
+    place,
+    put,
+    put_batch,
+    replicated,
+    shares_of_a_process,
+)
 
 
 def test_a_batch_becomes_global_arrays() -> None:
@@ -39,23 +52,63 @@ def test_what_is_put_does_not_share_memory_with_the_original() -> None:
     assert put(original, replicated(make_mesh()), copy=False) is original
 
 
-class Shares:
-    """A mesh of two devices on the batch axes, of which this process has some."""
+class Devices:
+    """A mesh whose devices are of these processes."""
 
-    def __init__(self, here: int) -> None:
-        self.shape = {"data": 1, "fsdp": 2, "tensor": 4}
-        self.local_mesh = AbstractMesh((1, here, 1), AXES)
+    def __init__(self, *processes: int, fsdp: int = 1, tensor: int = 1) -> None:
+        found = [SimpleNamespace(process_index=process) for process in processes]
+        self.devices = np.array(found, object).reshape(-1, fsdp, tensor)
+        self.shape = dict(zip(AXES, self.devices.shape))
 
 
 def test_rows_must_divide_over_the_devices() -> None:
     with pytest.raises(ValueError, match=r"ok: 3 rows do not divide over the 2 shares.*batch_size to a multiple of 2"):
-        put_batch({"ok": np.ones(3, bool)}, Shares(2))  # type: ignore[arg-type]
+        put_batch({"ok": np.ones(3, bool)}, Devices(0, 0, fsdp=2))  # type: ignore[arg-type]
 
 
-def test_a_tensor_axis_over_several_processes_is_refused() -> None:
-    """Each would take its own rows for the same ones."""
-    with pytest.raises(ValueError, match="tensor=4 reaches over devices of several processes"):
-        put_batch({"ok": np.ones(4, bool)}, Shares(1))  # type: ignore[arg-type]
+def test_processes_hold_shares_of_their_own_and_as_many() -> None:
+    """Next to each other or not; else each would take its own rows for those of another."""
+    assert shares_of_a_process(Devices(0, 0, 1, 1)) == 2
+    assert shares_of_a_process(Devices(0, 1, 2, 1, 0, 2, fsdp=3)) == 2
+    assert shares_of_a_process(Devices(1, 1, 0, 0, tensor=2)) == 1
+    torn = Devices(0, 0, 1, 1, 2, 2, 3, 3, fsdp=2, tensor=4)
+    with pytest.raises(ValueError, match=r"data 1 x fsdp 2 x tensor 4, .* of several processes: set a smaller tensor"):
+        put_batch({"ok": np.ones(4, bool)}, torn)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="processes hold 1 to 2 shares"):
+        shares_of_a_process(Devices(0, 0, 1))
+
+
+MESHES = """
+import json
+from jax.experimental import topologies
+from pyvdl.sharding import make_mesh, shares_of_a_process
+
+found = {}
+for name in ("v5e:4x4", "v5e:8x16", "v6e:8x16", "v5p:4x4x4"):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    for tensor in (1, 2):
+        for fsdp in (1, 2, 4, 8, 16, 32, 64, 128):
+            if fsdp * tensor <= len(devices):
+                mesh = make_mesh(fsdp, tensor, devices)
+                found[f"{name} {fsdp} {tensor}"] = list(mesh.shape.values()), shares_of_a_process(mesh) * tensor
+    try:
+        shares_of_a_process(make_mesh(1, 4, devices))
+    except ValueError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_slices_of_several_hosts_take_every_mesh() -> None:
+    """A host's four chips are a square of the slice, which most meshes tear apart."""
+    found = json.loads(run_on(1, MESHES, environment=compiler_environment("v5litepod-4")))
+    refused = {name for name, told in found.items() if isinstance(told, str) and "set a smaller tensor" in told}
+    assert refused == {"v5e:4x4", "v5e:8x16", "v6e:8x16", "v5p:4x4x4"}  # four chips in a row
+    meshes = {name: told for name, told in found.items() if name not in refused}
+    assert len(meshes) == 9 + 15 + 15 + 13
+    for name, (shape, chips) in meshes.items():
+        assert shape[1:] == [int(size) for size in name.split()[1:]]
+        assert chips == 4, name
 
 
 def test_parameters_are_split_by_name() -> None:
@@ -158,8 +211,8 @@ print(json.dumps(found))
 ALL = 99  # batches
 
 
-def run_on(devices: int, code: str, *arguments: str) -> str:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+def run_on(devices: int, code: str, *arguments: str, environment: Mapping[str, str] = os.environ) -> str:
+    environment = {**environment, "JAX_PLATFORMS": "cpu"}
     # Programs of three steps are compiled for nothing but these.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {quick}"
