@@ -89,7 +89,7 @@ def shapes(model: nnx.Module, config: TrainConfig) -> State:
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), tree) for tree in (params, frozen)
     )
     rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
-    return State(params, jax.eval_shape(make_optimizer(config.optim, config.steps).init, params), rest, frozen)
+    return State(params, jax.eval_shape(_optimizer_begin(config), params), rest, frozen)
 
 
 def placed(state: State, mesh: Mesh) -> State:
@@ -132,9 +132,19 @@ def begin(model: nnx.Module, config: TrainConfig, mesh: Mesh) -> State:
                 x = x.astype(config.param_dtype)
             x = put(x, of(".".join(map(str, path)), x.shape), copy=donated)
             variable.set_value(x.block_until_ready())
-    init = make_optimizer(config.optim, config.steps).init
+    init = _optimizer_begin(config)
     wanted = optimizer_shardings(jax.eval_shape(init, params), params, mesh)
     return State(params, jax.jit(init, out_shardings=wanted)(params), rest, frozen)
+
+
+def _optimizer_begin(config: TrainConfig) -> Callable[[Any], Any]:
+    """params -> the optimizer's state, as for float32 ones: a moment in bfloat16 that loses 0.1% loses nothing."""
+    optimizer = make_optimizer(config.optim, config.steps)
+    return lambda params: optimizer.init(_float32(params))
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def make_step(
@@ -168,7 +178,8 @@ def make_step(
         else:
             new_rest = rest
             loss, scalars, gradients = _summed(model_of, loss_fn, params, batch, accumulate)
-        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+        gradients = _float32(gradients)  # a norm in bfloat16 stops growing at 16
+        updates, new_opt_state = optimizer.update(gradients, opt_state, _float32(params))
         scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
         scalars.pop(WEIGHT, None)
         after = State(optax.apply_updates(params, updates), new_opt_state, new_rest, frozen)
@@ -224,7 +235,7 @@ def _summed(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (loss, scalars, weight, gradients), _ = jax.lax.scan(part, zeros, parts)
     weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # a batch without any token teaches nothing
-    gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), gradients, params)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
     scalars = {name: x / (count if name == FAILED_SHARE else weight) for name, x in scalars.items()}
     return loss / weight, scalars, gradients
 
@@ -253,4 +264,4 @@ def _cached(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     gradients, _ = jax.lax.scan(part, zeros, (parts, _parts(of_rows, count)))
-    return loss, scalars, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+    return loss, scalars, gradients

@@ -171,13 +171,13 @@ def check_settings(model: nnx.Module, config: TrainConfig) -> None:
     split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
     mesh = make_mesh(config.fsdp, config.tensor)
-    shares_of_a_process(mesh)
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size // config.accumulate % rows:
         raise ValueError(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} parts does not divide over the {rows} "
             f"shares of {mesh.size} devices: change these, or set a larger tensor"
         )
+    shares_of_a_process(mesh)
 
 
 def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

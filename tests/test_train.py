@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
 from pyvdl.sharding import make_mesh, put_batch
-from pyvdl.step import begin, make_step, split
+from pyvdl.step import begin, make_step, shapes, split
 from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 CONFIG = TrainConfig(
@@ -249,6 +250,44 @@ def test_scalars_of_parts_are_those_of_the_whole_batch() -> None:
     assert (found[0]["token_accuracy"], found[0]["failed_share"]) == (pytest.approx(4 / 7), 0.25)
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+class Many(nnx.Module):
+    """Parameters that are 1, whose squares bfloat16 cannot add up: 1024 and 1 are 1024 there."""
+
+    def __init__(self) -> None:
+        self.vision = nnx.List([nnx.Param(jnp.ones((32, 32))), *(nnx.Param(jnp.ones(())) for _ in range(60))])
+
+
+def told(model: Many, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return jnp.mean(batch["x"]) * sum(x[...].sum().astype(jnp.float32) for x in model.vision), {}
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("adamw", 1), ("adafactor", 2)])
+def test_parameters_in_bfloat16_train_as_in_float32(name: Any, accumulate: int) -> None:
+    optim = OptimConfig(name=name, peak_learning_rate=1.0, warmup_steps=0, schedule="constant", clip_norm=100, b2=0.999)
+    mesh, found = make_mesh(), []
+    for dtype in ("float32", "bfloat16"):
+        config = TrainConfig(steps=9, batch_size=2, optim=optim, param_dtype=dtype, accumulate=accumulate)
+        model, norms = Many(), []
+        wanted = shapes(model, config)
+        graph, *_ = split(model, config.trainable)
+        step = jax.jit(make_step(graph, told, config, mesh))
+        with jax.set_mesh(mesh):
+            params, opt_state, rest, frozen = begin(model, config, mesh)
+            for gradient in (1.0, 2.0**-7, 2.0**-7):
+                for tree, known in ((params, wanted.params), (opt_state, wanted.opt_state)):
+                    assert jax.tree.map(lambda x: x.dtype, tree) == jax.tree.map(lambda x: x.dtype, known)
+                batch = {"x": jnp.full(2, gradient)}
+                params, opt_state, rest, scalars = step(params, opt_state, rest, frozen, batch)
+                norms.append(float(scalars["grad_norm"]))
+        found.append((norms, opt_state, params))
+    (norms, opt_state, params), half = found
+    assert norms[0] == pytest.approx(math.sqrt(32 * 32 + 60))
+    assert half[0] == pytest.approx(norms)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), half[1], opt_state)
+    for x, y in zip(jax.tree.leaves(half[2]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), y, rtol=1e-2)
 
 
 def test_parts_of_a_batch_are_refused_where_a_model_has_random_state() -> None:
