@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from pyvdl.config import TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.optim import make_schedule
+from pyvdl.storage import write_whole
 
 # What a later run reads of a line of metrics.jsonl.
 _LINE_KEYS = frozenset({"step", "losses", "grad_norms", "seconds", "wait_seconds", "compile_seconds"})
@@ -43,6 +43,14 @@ class History:
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite."""
+
+    def __init__(self, message: str, done: int) -> None:
+        super().__init__(message)
+        self.done = done  # steps whose state the run is left with
+
+
 class Log:
     """Keeps each step's scalars on the device until a line of metrics.jsonl, and of TensorBoard's events, is due."""
 
@@ -61,10 +69,11 @@ class Log:
         self._share_of_one_a_second = step_flops and peak and step_flops / (peak * mesh.size)
         self._key_of = key_of
         self._schedule = make_schedule(config.optim, config.steps)
+        self._folder = None if workdir is None else Path(workdir)
         self._path: Path | None = None
         self._events: Any = None
         self._lines: list[dict[str, Any]] = []  # of the runs before and of this one
-        self._pending: list[dict[str, jax.Array]] = []
+        self._pending: list[tuple[dict[str, jax.Array], jax.Array]] = []
         self._records: list[Any] = []  # of the pending steps
         self._skip = config.skip_nonfinite
         self._log_every = config.log_every
@@ -90,8 +99,9 @@ class Log:
         if self._events is not None:
             self._events.close()
 
-    def add(self, scalars: dict[str, jax.Array], index: Any) -> None:
-        self._pending.append(scalars)
+    def add(self, scalars: dict[str, jax.Array], finite: jax.Array, index: Any) -> None:
+        """The scalars of a step, whether the state moved on, and the numbers of its records, if they are told."""
+        self._pending.append((scalars, finite))
         self._records.append(index)
         self._timed_steps += 1
 
@@ -103,32 +113,62 @@ class Log:
         self._timed_steps = 0
 
     def write(self, step: int, wait_seconds: float, rows: int) -> dict[str, Any]:
-        """Fetches the scalars since the last line, and returns the line that it writes of them."""
-        fetched = jax.device_get(self._pending)
-        self._pending = []
+        """Fetches the scalars since the last line, and returns the line that it writes of them.
+
+        Raises NonFiniteError, with what is fetched written, where a step was not finite and is not to be skipped.
+        """
+        pending, self._pending = jax.device_get(self._pending), []
+        fetched, good = [scalars for scalars, _ in pending], [bool(finite) for _, finite in pending]
         now = time.perf_counter()
         elapsed, self._start = now - self._start, now
         records, self._records = self._records, []
-        losses = [float(scalars["loss"]) for scalars in fetched]
-        norms = [float(scalars["grad_norm"]) for scalars in fetched]
-        good = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
-        skipped = len(good) - sum(good)
-        for is_good in good:
-            self._bad_in_a_row = 0 if is_good else self._bad_in_a_row + 1
-        if skipped and (not self._skip or self._bad_in_a_row >= _MOST_SKIPPED):
-            i = good.index(False)
-            keys = [self._key_of(int(number)) for number in ([] if records[i] is None else records[i][:16])]
-            of = f" (records {', '.join(keys)})" if keys else ""
-            at = step - len(losses) + 1 + i
-            raise FloatingPointError(
-                f"step {at}: loss {losses[i]}, gradient norm {norms[i]}: expected finite numbers{of}"
-            )
+        if not self._skip and not all(good):
+            bad = good.index(False)  # those after it changed nothing
+            done = step - len(good) + bad
+            if bad:
+                self._write(done, fetched[:bad], good[:bad], elapsed, wait_seconds, rows)
+            self._write(done + 1, fetched[bad : bad + 1], [False], 0.0, 0.0, rows)
+            raise self._non_finite(done + 1, fetched[bad], records[bad], done)
         failed_share = float(np.mean([scalars.get("failed_share", 0.0) for scalars in fetched]))
         if failed_share == 1.0:
             raise RuntimeError(
                 f"step {step}: no clip of the last {len(fetched)} steps could be decoded; see the warnings"
             )
-        rate = self._timed_steps / elapsed if self._timed_steps else None
+        line = self._write(step, fetched, good, elapsed, wait_seconds, rows)
+        for is_good in good:
+            self._bad_in_a_row = 0 if is_good else self._bad_in_a_row + 1
+        if self._bad_in_a_row >= _MOST_SKIPPED:
+            bad = good.index(False)
+            raise self._non_finite(step - len(good) + 1 + bad, fetched[bad], records[bad], step)
+        return line
+
+    def _non_finite(self, step: int, scalars: dict[str, Any], index: Any, done: int) -> NonFiniteError:
+        """What is told of a step: all its records in a file, the first ones in the error."""
+        keys = [] if index is None else [self._key_of(int(number)) for number in index]
+        told = {"step": step, "loss": f"{scalars['loss']:g}", "grad_norm": f"{scalars['grad_norm']:g}"}
+        of = f" (records {', '.join(keys[:16])})" if keys else ""
+        where = ""
+        if self._folder is not None:
+            path = self._folder / f"nonfinite-{step}-{jax.process_index()}.json"
+            write_whole(path, [json.dumps(told | {"records": keys}, indent=1)])
+            where = f"; all are in {path}" + (f", the state after step {done} is saved" if done else "")
+        return NonFiniteError(
+            f"step {step}: loss {told['loss']}, gradient norm {told['grad_norm']}: expected finite numbers{of}{where}",
+            done,
+        )
+
+    def _write(
+        self,
+        step: int,
+        fetched: list[dict[str, Any]],
+        good: list[bool],
+        elapsed: float,
+        wait_seconds: float,
+        rows: int,
+    ) -> dict[str, Any]:
+        losses = [float(scalars["loss"]) for scalars in fetched]
+        norms = [float(scalars["grad_norm"]) for scalars in fetched]
+        rate = self._timed_steps / elapsed if self._timed_steps and elapsed else None
         self._timed_steps = 0
         before = self._lines[-1] if self._lines else {"seconds": 0.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
         line: dict[str, Any] = {
@@ -142,11 +182,11 @@ class Log:
             "learning_rate": float(self._schedule(step - 1)),
             "steps_per_second": rate,
             "clips_per_second": rate and rate * rows,
-            "wait_share": wait_seconds / elapsed,
+            "wait_share": wait_seconds / elapsed if elapsed else 0.0,
             "seconds": before["seconds"] + elapsed,
             "wait_seconds": before["wait_seconds"] + wait_seconds,
             "compile_seconds": before["compile_seconds"] + self._compile_seconds,
-            "skipped": skipped,
+            "skipped": good.count(False),
             "losses": [loss if is_good else None for loss, is_good in zip(losses, good)],
             "grad_norms": [norm if is_good else None for norm, is_good in zip(norms, good)],
         }

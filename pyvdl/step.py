@@ -31,6 +31,7 @@ LossFunction = Callable[[Any, Batch], tuple[Array, Scalars]]
 # The scalar of a loss that tells how much of a larger batch's means it and its other scalars are; without it, its rows.
 WEIGHT = "weight"
 FAILED_SHARE = "failed_share"  # the scalar that is a mean over rows, whatever the weight
+FINITE = "finite"  # the scalar of a step that says whether the state moved on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,10 @@ def _float32(tree: Any) -> Any:
 def make_step(
     graph: Any, loss_fn: LossFunction, config: TrainConfig, mesh: Mesh
 ) -> Callable[..., tuple[Any, Any, Any, Scalars]]:
-    """-> step(params, opt_state, rest, frozen, batch) -> the first three after it, and scalars; not compiled.
+    """-> step(params, opt_state, rest, frozen, batch, going) -> the first three after it, and scalars; not compiled.
+
+    A step whose loss or gradient is not finite leaves the state as it was. So do those after it, unless skip_nonfinite:
+    `going` is the scalar FINITE of the step before, True for the first.
 
     To be traced under `jax.set_mesh(mesh)`. Of `config` it reads optim, steps, accumulate and skip_nonfinite.
     """
@@ -158,7 +162,9 @@ def make_step(
     optimizer = make_optimizer(config.optim, config.steps)
     unroll = mesh.devices.flat[0].platform == "gpu"
 
-    def step(params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Any, Scalars]:
+    def step(
+        params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch, going: Array | bool = True
+    ) -> tuple[Any, Any, Any, Scalars]:
         def model_of(params: Any) -> Any:
             model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
             model.set_attributes(Stack, unroll=unroll, raise_if_not_found=False)
@@ -183,10 +189,12 @@ def make_step(
         scalars = {**scalars, "loss": loss, "grad_norm": optax.tree.norm(gradients)}
         scalars.pop(WEIGHT, None)
         after = State(optax.apply_updates(params, updates), new_opt_state, new_rest, frozen)
-        if config.skip_nonfinite:
-            good = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
-            before = State(params, opt_state, rest, frozen)
-            after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        good = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+        if not config.skip_nonfinite:
+            good &= going
+        scalars[FINITE] = jax.lax.with_sharding_constraint(good, replicated(mesh))
+        before = State(params, opt_state, rest, frozen)
+        after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
         wanted = shardings(after, mesh)
         params, opt_state, new_rest = (
             jax.lax.with_sharding_constraint(getattr(after, name), getattr(wanted, name))

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import TrainConfig
-from pyvdl.log import History, Log, sentence
+from pyvdl.log import History, Log, NonFiniteError, sentence
 from pyvdl.optim import make_optimizer
 from pyvdl.progress import Progress
 from pyvdl.sharding import (
@@ -38,7 +38,19 @@ from pyvdl.sharding import (
     replicated,
     shares_of_a_process,
 )
-from pyvdl.step import FAILED_SHARE, WEIGHT, Batch, LossFunction, PairedLoss, begin, make_step, placed, shapes, split
+from pyvdl.step import (
+    FAILED_SHARE,
+    FINITE,
+    WEIGHT,
+    Batch,
+    LossFunction,
+    PairedLoss,
+    begin,
+    make_step,
+    placed,
+    shapes,
+    split,
+)
 from pyvdl.text import PAD_ID
 
 _HOST_ONLY = frozenset({"index"})  # record numbers are int64 and no loss reads them
@@ -77,8 +89,8 @@ def fit(
     of the devices' peak is told where it is known. `key_of` names a record by its number in `batches`.
 
     Raises ValueError when a prefix names no parameter or `batches` ends early, FloatingPointError when the loss or the
-    gradient is no longer finite (it names the step and its records; the newest checkpoint is of before), RuntimeError
-    when not one clip of a whole log interval could be used (the loss reports `failed_share`).
+    gradient is no longer finite (it names the step and its records; the state before it is that of `model`, and saved),
+    RuntimeError when not one clip of a whole log interval could be used (the loss reports `failed_share`).
     """
     check_settings(model, config)
     mesh = make_mesh(config.fsdp, config.tensor)
@@ -126,11 +138,15 @@ def fit(
         )
         source = _Ahead(batches, mesh, config.steps - first, stack.enter_context(ThreadPoolExecutor(1)))
         previous: jax.Array | None = None
+        going = put(jnp.array(True), replicated(mesh))
+        data_states: dict[int, dict[str, Any]] = {}  # after the steps since the last line, and at that
         for step, (batch, data_state, index) in enumerate(source, first + 1):
             if profiler is not None:
                 profiler.before(step)
-            params, opt_state, rest, scalars = train_step(params, opt_state, rest, frozen, batch)
-            log.add(scalars, index)
+            params, opt_state, rest, scalars = train_step(params, opt_state, rest, frozen, batch, going)
+            going = scalars.pop(FINITE)
+            log.add(scalars, going, index)
+            data_states[step] = data_state
             if profiler is not None:
                 profiler.after(step, scalars["loss"])
             source.pull(scalars["loss"])
@@ -146,8 +162,16 @@ def fit(
                 stopping or step == config.steps or step % config.checkpoint_every == 0
             )
             if saving or step == config.steps or step % config.log_every == 0:
-                line = log.write(step, source.take_wait_seconds(), source.rows)
+                try:
+                    line = log.write(step, source.take_wait_seconds(), source.rows)
+                except NonFiniteError as error:
+                    done = error.done
+                    if checkpointer is not None and done in data_states and done != checkpointer.latest_step:
+                        state = nnx.merge_state(params, frozen, rest)
+                        checkpointer.save(done, state, opt_state, data_states[done], loss=log.recent_loss())
+                    raise
                 bar.note(sentence(line))
+                data_states = {step: data_state}
             if saving and checkpointer is not None:
                 model_state = nnx.merge_state(params, frozen, rest)
                 checkpointer.save(step, model_state, opt_state, data_state, loss=log.recent_loss())

@@ -178,13 +178,33 @@ class Poisoned(Source):
         batch = super().__next__()
         if self.number == 3:
             batch["x"][0, 0] = 0
-        return batch | {"index": np.arange(8) + 100 * self.number}
+        return batch | {"index": np.arange(20) + 100 * self.number}
 
 
 def test_non_finite_loss_stops_and_names_the_step_and_its_records() -> None:
     for name, told in ((str, "300, 301, 302"), ("clip {}".format, "clip 300, clip 301")):
         with pytest.raises(FloatingPointError, match=rf"step 3: loss nan.*\(records {told}"):
             fit(Model(rngs=nnx.Rngs(0)), broken_loss, Poisoned(), CONFIG, progress=False, key_of=name)
+
+
+def test_a_run_goes_on_from_before_the_step_that_was_not_finite(
+    uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, told = Model(rngs=nnx.Rngs(0)), tmp_path / "nonfinite-3-0.json"
+    for _ in range(2):  # the second time it is the first step
+        with pytest.raises(FloatingPointError, match=f"all are in {told}, the state after step 2 is saved"):
+            fit(model, broken_loss, Poisoned(), CONFIG, workdir=tmp_path, progress=False)
+        assert json.loads(told.read_text())["records"] == [str(300 + i) for i in range(20)]
+        assert metric_steps(tmp_path) == [2, 3]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    before = params_of(model)
+    twice = dataclasses.replace(CONFIG, steps=2)
+    for name, value in run(None, twice)[1].items():
+        np.testing.assert_allclose(before[name], value, rtol=1e-6, err_msg=name)
+    history, params = run(tmp_path)
+    np.testing.assert_allclose(history.losses, uninterrupted[0].losses, rtol=1e-6)
+    for name, value in uninterrupted[1].items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -201,7 +221,7 @@ def test_non_finite_steps_are_left_out_and_counted(log_every: int, tmp_path: Pat
     assert told["loss"] is None if log_every == 1 else math.isfinite(told["loss"])
 
 
-def test_a_run_of_nothing_but_bad_steps_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_nothing_but_bad_steps_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvdl.log._MOST_SKIPPED", 3)
 
     def never(model: Model, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -209,8 +229,10 @@ def test_a_run_of_nothing_but_bad_steps_stops(monkeypatch: pytest.MonkeyPatch) -
         return loss * jnp.nan, scalars
 
     config = dataclasses.replace(CONFIG, skip_nonfinite=True)
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        fit(Model(rngs=nnx.Rngs(0)), never, Source(), config, progress=False)
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*the state after step 4 is saved"):
+        fit(Model(rngs=nnx.Rngs(0)), never, Source(), config, workdir=tmp_path, progress=False)
+    assert metric_steps(tmp_path) == [4]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
 def test_parts_must_divide_over_the_devices() -> None:
