@@ -77,10 +77,9 @@ def training(request: Request) -> dict[str, Any]:
     step = make_step(graph, loss, run, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, data).compile()
+        text, temporaries, program = _compile(jax.jit(step, donate_argnums=(0, 1)).lower(*state, data))
     seconds = time.perf_counter() - start
-    text, temporaries, program = _facts(compiled)
-    alive = liveness.at_peak(text)
+    alive = liveness.at_peak(text) if text else liveness.Alive()
     activations = min(alive.activations, temporaries)
     gradients = min(alive.gradients, temporaries - activations)
     trained = _on_a_chip(state.params)
@@ -142,9 +141,8 @@ def captions(request: Request) -> dict[str, Any]:
 
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(caption).lower(placed, data).compile()
+        text, temporaries, program = _compile(jax.jit(caption).lower(placed, data))
     seconds = time.perf_counter() - start
-    text, temporaries, program = _facts(compiled)
     prefix, suffix = _caches(graph, state, shape, run, mesh, prompt)
     read = _on_a_chip(placed) + run.max_length * (_read_for_a_token(placed, shape) + prefix + suffix // 2)
     flops = batch * caption_flops(shape, prompt, run.num_samples, run.max_length)
@@ -230,8 +228,18 @@ def _on_a_chip(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _facts(compiled: Any) -> tuple[str, int, int]:
-    """The text of a compiled program, and the bytes of its temporaries and of itself on a chip."""
+def _compile(lowered: Any) -> tuple[str, int, int]:
+    """The text of the compiled program, and the bytes of its temporaries and of itself on a chip.
+
+    Of one whose temporaries are larger than a chip's memory the compiler tells these alone: no text then.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"CompileTimeHbmOom: .*?\(([\d.]+)([KMGT])\) exceeds", str(error))
+        if not found:
+            raise
+        return "", round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))), 0
     memory = compiled.memory_analysis()
     return compiled.as_text(), memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
 
@@ -241,8 +249,11 @@ def _bounds(
 ) -> dict[str, Any]:
     """Exchanges, and the seconds that each part of the machine would need alone; fields of a Plan.
 
-    hbm_bytes: that a chip reads and writes at least.
+    text: of the program, if the compiler gave one. hbm_bytes: that a chip reads and writes at least.
     """
+    bounds = {"MXU": flops / mesh.size / chip.flops_per_second, "HBM": hbm_bytes / chip.hbm_bytes_per_second}
+    if not text:
+        return {"compiled": False, "collectives": {}, "bounds": bounds}
     sent: dict[str, float] = collections.defaultdict(float)
     for row in hlo.collectives(text):
         sent[row.kind] += row.sent_bytes
@@ -257,10 +268,10 @@ def _bounds(
         if opcode == "custom-call" and (name := next((name for name in KERNEL_SHARES if name in label), None)):
             kernel_seconds += trips * _kernel_floor(label, line, head_dims[name], chip) / KERNEL_SHARES[name]
     return {
+        "compiled": True,
         "collectives": dict(sent),
-        "bounds": {
-            "MXU": flops / mesh.size / chip.flops_per_second,
-            "HBM": hbm_bytes / chip.hbm_bytes_per_second,
+        "bounds": bounds
+        | {
             "interconnect": sum(sent.values()) / chip.link_bytes_per_second,
             "compiler": cycles / chip.clock_hz + kernel_seconds,
         },

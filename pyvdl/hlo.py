@@ -44,7 +44,8 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def scheduled(text: str) -> Iterator[tuple[str, str, str, int | None]]:
-    """(name, opcode, instruction, times it runs) of all that runs from the entry on; bodies of loops are gone into.
+    """(name, opcode, instruction, times it runs) of all that runs from the entry on; bodies of loops are gone into, and
+    all branches, of which one runs.
 
     A loop whose trips cannot be told is given itself, with None, and its body as if it ran once.
     """
@@ -64,7 +65,7 @@ def scheduled(text: str) -> Iterator[tuple[str, str, str, int | None]]:
             elif opcode == "call":
                 yield from walk(_callee(line, "to_apply"), trips)
             elif opcode == "conditional":
-                for branch in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line):
+                for branch in _branches(line):
                     yield from walk(branch, trips)
             else:
                 yield label, opcode, line, trips
@@ -134,6 +135,12 @@ def _callee(line: str, attribute: str) -> str:
     if not match:
         raise UnreadableError(f"no {attribute} in the instruction {line[:200]}")
     return match.group(1)
+
+
+def _branches(line: str) -> list[str]:
+    if several := re.search(r"branch_computations=\{([^}]*)\}", line):
+        return re.findall(r"[\w.\-]+", several[1])
+    return [_callee(line, "true_computation"), _callee(line, "false_computation")]
 
 
 def _trip_count(found: Mapping[str, Sequence[str]], line: str) -> int | None:

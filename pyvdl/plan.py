@@ -101,6 +101,7 @@ class Plan:
     batch_size: int
     steps: int
     memory: Memory
+    compiled: bool  # else the temporaries alone are more than a chip has, and only they are known of the program
     flops: float  # of the whole step on all chips of a mesh, that the model needs
     bounds: dict[str, float]  # seconds of a step that each would take alone
     collectives: dict[str, float]  # bytes that a chip sends, by kind
@@ -117,7 +118,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.chip.hbm_bytes
+        return self.compiled and self.memory.total <= self.chip.hbm_bytes
 
     @property
     def step_seconds(self) -> float:
@@ -133,21 +134,28 @@ class Plan:
             return []
         memory, half = self.memory, self.chip.hbm_bytes / 2
         state = memory.parameters + memory.frozen + memory.optimizer
-        fsdp, tensor = self.mesh["fsdp"], self.mesh["tensor"]
+        data, fsdp, tensor = self.mesh["data"], self.mesh["fsdp"], self.mesh["tensor"]
+        shape, run, _ = resolve(self.request)
         found = []
         if self.request.recipe == "caption":
-            rows = self.mesh["data"] * fsdp
+            rows = data * fsdp
             if memory.total - state > half and self.batch_size > rows:
                 found.append(f"--set batch_size={max(rows, self.batch_size // 2)}: fewer clips at a time")
         else:
+            assert isinstance(run, TrainConfig)
             if memory.activations + memory.gradients + memory.temporaries > half:
-                found.append("--set model.vision.remat=True (and model.language.remat or model.text.remat): keeps less")
-                found.append("--set accumulate=2 (or 4, ...): parts of the batch one after the other")
-            if state > self.chip.hbm_bytes / 4 and self.mesh["data"] % 2 == 0:
+                towers = ("vision", "text" if self.request.recipe == "train" else "language")
+                if keeping := [name for name in towers if not getattr(shape, name).remat]:
+                    found.append(" ".join(f"--set model.{name}.remat=True" for name in keeping) + ": keeps less")
+                parts = 2 * run.accumulate
+                if self.batch_size % (parts * data * fsdp) == 0:
+                    found.append(f"--set accumulate={parts}: parts of the batch one after the other")
+            if state > self.chip.hbm_bytes / 4 and data % 2 == 0:
                 text = f"{state / 2**30:.1f} GiB of state are split further"
                 found.append(f"--set fsdp={2 * fsdp} --set tensor={tensor}: {text}")
-        if self.mesh["data"] * fsdp > 1:
-            found.append(f"--set fsdp={fsdp} --set tensor={2 * tensor}: matrices and activations are split")
+        if data * fsdp % 2 == 0:
+            rest = fsdp if data % 2 == 0 else fsdp // 2
+            found.append(f"--set fsdp={rest} --set tensor={2 * tensor}: matrices and activations are split")
         found.append("a larger slice, or chips with more memory")
         return found
 
@@ -280,12 +288,13 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         *(f"  {name:<38}{size / gib:8.2f} GiB a chip" for name, size in parts.items() if size),
         f"  {'total':<38}{memory.total / gib:8.2f} of {chip.hbm_bytes / gib:.0f} GiB: "
         f"{'fits' if found.fits else 'DOES NOT FIT'}",
+        *([] if found.compiled else ["  the compiler stopped there: what the program sends is not known"]),
         "",
         *(f"  {name:<38}{size / 1e6:8.0f} MB sent by a chip, each {one}" for name, size in found.collectives.items()),
         *([""] if found.collectives else []),
         *(f"  {f'time by {name}':<38}{1000 * seconds:8.1f} ms" for name, seconds in found.bounds.items()),
         f"  {one:<38}{1000 * found.step_seconds:8.1f} ms at least, bound by {found.binding}",
-        f"  {'share of peak':<38}{found.bounds['MXU'] / found.step_seconds:8.0%}",
+        *([f"  {'share of peak':<38}{found.bounds['MXU'] / found.step_seconds:8.0%}"] if found.compiled else []),
         "",
         f"  {clips:.0f} clips a second: {cores:.0f} decoding cores on each of {found.hosts} hosts "
         f"({decode_rate} clips a second of a core)",

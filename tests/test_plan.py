@@ -57,6 +57,16 @@ def test_exchanges_are_read_with_their_bytes_and_runs() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "branches", ["true_computation=%body, false_computation=%other", "branch_computations={%body, %other}"]
+)
+def test_all_branches_are_read(branches: str) -> None:
+    text = PROGRAM.replace("while(%p), condition=%condition, body=%body", f"conditional(%p, %p, %p), {branches}")
+    text = "%other (s: f32[8]) -> f32[8] {\n  ROOT %negate.1 = f32[8] negate(%s)\n}\n\n" + text
+    found = [label for label, *_ in hlo.scheduled(text)]
+    assert {"reduce.1", "permute.1", "negate.1"} <= set(found)
+
+
 def test_an_unreadable_program_is_told() -> None:
     with pytest.raises(hlo.UnreadableError, match="cannot read the instruction %one = nonsense"):
         hlo.collectives(PROGRAM.replace("%one = f32[8]{0} all-reduce(%p)", "%one = nonsense"))
@@ -111,6 +121,7 @@ def planned(**changes: int) -> Plan:
         batch_size=1024,
         steps=3600,
         memory=Memory(**parts | changes),
+        compiled=True,
         flops=1e15,
         bounds={"MXU": 0.5, "interconnect": 1.0},
         collectives={"all-gather": 2e6},
@@ -132,9 +143,27 @@ def test_what_fits_and_what_would_make_it_fit() -> None:
     advice = [line for line in large.splitlines() if "to make it fit" in line]
     assert [line.split()[4:6] for line in advice[:3]] == [
         ["--set", "model.vision.remat=True"],
-        ["--set", "accumulate=2"],
+        ["--set", "accumulate=2:"],
         ["--set", "fsdp=4"],
     ]
+
+
+def test_advice_is_not_what_the_run_has() -> None:
+    """Nor parts of the batch that do not divide over the chips, nor an axis that does not divide them."""
+    found = planned(activations=20 << 30)
+    told = {
+        ("model.vision.remat=True",): ["--set model.text.remat=True: keeps less", "--set accumulate=2:"],
+        ("model.vision.remat=True", "model.text.remat=True", "accumulate=4"): ["--set accumulate=8:"],
+        ("model.vision.remat=True", "model.text.remat=True", "accumulate=8"): [],
+    }
+    for assignments, wanted in told.items():
+        request = dataclasses.replace(found.request, assignments=assignments)
+        given = dataclasses.replace(found, request=request).advice()
+        assert len(given) == len(wanted) + 2
+        assert all(text.startswith(start) for text, start in zip(given, wanted, strict=False)), given
+        assert given[-2].startswith("--set fsdp=2 --set tensor=2:")
+    whole = dataclasses.replace(found, mesh={"data": 1, "fsdp": 128, "tensor": 1}).advice()
+    assert whole[-2].startswith("--set fsdp=64 --set tensor=2:")
 
 
 def test_captions_are_told_of_all_hosts() -> None:
@@ -165,20 +194,27 @@ def test_topologies_are_checked() -> None:
 
 
 def test_a_recipe_is_compiled_for_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "train", "--preset", "toy", "--topology", "v5e:2x2", "--set", "accumulate=2", "--json"]
+    command = ["plan", "train", "--preset", "toy", "--topology", "v5e:2x2", "--json"]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert found["fits"]
     memory = found["memory"]
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)  # AdamW
-    # Summed over the parts of the batch; the toy's activations stay in VMEM.
-    assert 0.9 * memory["parameters"] < memory["gradients"] < 2.1 * memory["parameters"]
     assert min(memory["temporaries"], memory["program"]) > 0
     assert {"all-reduce", "collective-permute"} <= found["collectives"].keys()  # gradients, the loss's ring
+    # Gradients are summed over the parts of the batch; the toy's activations stay in VMEM.
+    parts = plan.plan(Request("language", "toy", "v5e:2x2", ("accumulate=2",))).memory
+    assert 0.9 * parts.parameters < parts.gradients < 2.1 * parts.parameters
     # Inside an error of libtpu's process, what it says reaches the user.
     with pytest.raises(PlanError, match="batch_size = 8 in 1 parts does not divide over 16 shares"):
         plan.plan(Request("train", "toy", "v5e:4x4", ("fsdp=16",)))
+    # So large that the compiler tells nothing else of it.
+    large = ["plan", "visual", "--preset", "toy", "--topology", "v5e:2x2", "--set", "batch_size=262144"]
+    assert main(large) == 1
+    told = capsys.readouterr().out
+    assert "of 16 GiB: DOES NOT FIT\n  the compiler stopped there" in told
+    assert "to make it fit: --set model.vision.remat=True --set model.language.remat=True: keeps less" in told
     # Too few clips for the chips: as training would refuse it.
     with pytest.raises(PlanError, match=r"data 32 x fsdp 1 x tensor 4, .* of several processes: set a smaller tensor"):
         plan.plan(Request("train", "toy", "v5e:8x16", ("batch_size=32",)))
