@@ -99,7 +99,8 @@ def _check_settings(arguments: argparse.Namespace) -> None:
         if arguments.verb == "train":
             override_training(preset.contrastive, preset.dual_encoder, arguments.set)
         else:
-            override_training(preset.visual, preset.vlm, arguments.set)
+            run = preset.visual if arguments.stage == "visual" else preset.language
+            override_training(run, preset.vlm, arguments.set)
     except ValueError as error:
         raise UsageError(f"--set {error}") from None
 
