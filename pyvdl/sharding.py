@@ -200,6 +200,9 @@ def put(x: Array, sharding: NamedSharding, *, copy: bool = True) -> Array:
 
     Where there are several processes, each gives the whole of an array, or one that stands on the mesh already.
     """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # of which NumPy knows nothing
+        key = put(jax.random.key_data(x), sharding, copy=copy)
+        return jax.random.wrap_key_data(key, impl=jax.random.key_impl(x))
     if not copy and x.sharding == sharding:
         return x
     if jax.process_count() == 1:

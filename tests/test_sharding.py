@@ -52,6 +52,14 @@ def test_what_is_put_does_not_share_memory_with_the_original() -> None:
     assert put(original, replicated(make_mesh()), copy=False) is original
 
 
+def test_random_keys_are_put_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    key = jax.random.key(7, impl="rbg")
+    found = put(key, replicated(make_mesh()))
+    assert found.sharding == replicated(make_mesh())
+    assert jax.random.bits(found) == jax.random.bits(key)
+
+
 class Devices:
     """A mesh whose devices are of these processes."""
 
