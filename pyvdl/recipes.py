@@ -159,6 +159,8 @@ def adapt(
             pseudo = [record for record in pseudo if record.captions]
             if not pseudo:
                 raise ValueError("no pseudo record has captions: give what wrote them, too (--pseudo-captions)")
+            if not records:
+                raise ValueError("no record has captions of its own, which the pseudo-captions would be mixed with")
             if not 0 < pseudo_share < 1:
                 raise ValueError(f"pseudo_share must be above 0 and below 1, not {pseudo_share}")
             mixture = [(len(records), 1 - pseudo_share), (len(pseudo), pseudo_share)]
@@ -246,6 +248,11 @@ def _begin[M: (VLM, DualEncoder)](
     config, shape = settings.override_training(recipe(sizes), shape, changes)
     mesh = make_mesh(config.fsdp, config.tensor)
     if start is None:
+        part, known = ("language", shape.language) if kind is VLM else ("text", shape.text)
+        if known.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"model.{part}.vocab_size={known.vocab_size} is less than the {tokenizer.vocab_size} ids of the texts"
+            )
 
         def new() -> M:
             return kind(shape, rngs=nnx.Rngs(config.seed))

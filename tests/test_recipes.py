@@ -224,6 +224,8 @@ def test_self_training_mixes_pseudo_captions_into_the_visual_stage(records: list
         recipes.adapt("language", records, tmp_path / "language", **options)
     with pytest.raises(ValueError, match="no pseudo record has captions"):
         recipes.adapt("visual", records, tmp_path / "none", **options | {"pseudo": [Record(key="x", video="x.mp4")]})
+    with pytest.raises(ValueError, match="no record has captions of its own"):
+        recipes.adapt("visual", [Record(key="x", video="x.mp4")], tmp_path / "alone", **options)
     with pytest.raises(ValueError, match="pseudo_share must be above 0 and below 1, not 1"):
         recipes.adapt("visual", records, tmp_path / "all", pseudo_share=1, **options)
 
@@ -233,6 +235,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         recipes.train([Record(key="a", video="a.mp4")], tmp_path)
     with pytest.raises(ValueError, match="preset 'huge': expected one of toy, demo, paper"):
         recipes.train([RECORD], tmp_path, preset="huge")
+    with pytest.raises(ValueError, match=r"model\.language\.vocab_size=4 is less than the \d+ ids of the texts"):
+        recipes.adapt("visual", [RECORD], tmp_path, assignments=["model.language.vocab_size=4"])
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=4 is less than the \d+ ids of the texts"):
+        recipes.train([RECORD], tmp_path, assignments=["model.text.vocab_size=4"])
     config = toy(WORDS.vocab_size)
     small = override(config.vlm, SMALL_VLM)
     save_model(tmp_path / "vlm", VLM(small, rngs=nnx.Rngs(0)), small, WORDS)
