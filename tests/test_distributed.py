@@ -64,6 +64,11 @@ sys.exit(main())
 )
 
 
+def held(path: Path) -> tuple[str, ...]:
+    """The same, which waits for its tenth batch until there is a file at `path`."""
+    return ("-m", "tests.held", str(path), "10")
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
@@ -161,7 +166,7 @@ def test_several_processes_train_as_one(
 def test_a_killed_process_is_started_again(manifest: Path, alone: Path, tmp_path: Path) -> None:
     """One of two is killed after its first checkpoint; the other is ended, as a scheduler would; both run again."""
     out = tmp_path / "run"
-    processes = start_all("dual encoder", manifest, out, 2, alone)
+    processes = start_all("dual encoder", manifest, out, 2, alone, program=held(tmp_path / "never"))
     deadline = time.monotonic() + 300
     while not any(path.name.isdigit() for path in (out / "checkpoints").glob("*")):
         assert time.monotonic() < deadline
@@ -172,6 +177,7 @@ def test_a_killed_process_is_started_again(manifest: Path, alone: Path, tmp_path
     for process in processes:
         process.kill()
         process.communicate()
+    assert not (out / "model").exists()
     before = (out / "metrics.jsonl").read_text().splitlines()[:2]
     finish(start_all("dual encoder", manifest, out, 2, alone))
     compare(out, alone / "dual encoder")
@@ -180,16 +186,17 @@ def test_a_killed_process_is_started_again(manifest: Path, alone: Path, tmp_path
 
 def test_sigterm_to_one_stops_all_after_the_same_step(manifest: Path, alone: Path, tmp_path: Path) -> None:
     """As a preempted host is told. All save that step and exit with 0; started again, they end as if never stopped."""
-    out = tmp_path / "run"
-    processes = start_all("dual encoder", manifest, out, 2, alone)
+    out, sent = tmp_path / "run", tmp_path / "sent"
+    processes = start_all("dual encoder", manifest, out, 2, alone, program=held(sent))
     deadline = time.monotonic() + 300
     while not (out / "run.json").exists():  # the steps are compiled next
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
+    sent.touch()
     told = finish(processes)
-    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir())
     assert saved < STEPS
     assert f"stopped by SIGTERM, saved step {saved}" in told[0]
     assert not (out / "model").exists()

@@ -529,14 +529,17 @@ def losses(out: Path) -> list[float]:
 
 
 def long_training(corpus: Path, out: Path) -> list[str]:
-    """Enough steps that a kill after the first checkpoint falls among them."""
-    sizes = [*TINY_DUAL, "--set=steps=40", "--set=checkpoint_every=4"]
+    sizes = [*TINY_DUAL, "--set=steps=24", "--set=checkpoint_every=4"]
     data = ["--data", str(corpus / "unlabelled.jsonl"), "--captions", "human"]
-    return [sys.executable, "-m", "pyvdl", "train", *data, "--out", str(out), *sizes]
+    return ["train", *data, "--out", str(out), *sizes]
 
 
-def killed(command: list[str], checkpoints: Path, how: signal.Signals) -> int:
-    """Runs a training in a process of its own, kills it after its first new checkpoint and returns its exit code."""
+def killed(training: list[str], checkpoints: Path, how: signal.Signals, sent: Path) -> int:
+    """Runs a training in a process of its own, kills it after its first new checkpoint and returns its exit code.
+
+    It waits for its tenth batch until `sent` is there.
+    """
+    command = [sys.executable, "-m", "tests.held", str(sent), "10", *training]
 
     def seen() -> set[str]:
         return {path.name for path in checkpoints.glob("*") if path.name.isdigit()}
@@ -547,10 +550,11 @@ def killed(command: list[str], checkpoints: Path, how: signal.Signals) -> int:
     try:
         deadline = time.monotonic() + 200
         while seen() <= before:
-            assert process.poll() is None, "the run ended before a checkpoint of it was seen"
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(how)
+        sent.touch()
         return process.wait(timeout=60)
     finally:
         process.kill()
@@ -559,16 +563,15 @@ def killed(command: list[str], checkpoints: Path, how: signal.Signals) -> int:
 
 def test_killed_training_goes_on_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(long_training(corpus, whole)[3:]) == 0
-    command = long_training(corpus, cut)
-    assert killed(command, cut / "checkpoints", signal.SIGKILL) == -signal.SIGKILL
-    assert killed(command, cut / "checkpoints", signal.SIGTERM) == 0
-    done = len(losses(cut))
-    assert not (cut / "model").exists(), "the kills came too late to show anything"
-    assert 0 < done < 40
-    assert main(command[3:]) == 0
+    assert main(long_training(corpus, whole)) == 0
+    training = long_training(corpus, cut)
+    assert killed(training, cut / "checkpoints", signal.SIGKILL, tmp_path / "killed") == -signal.SIGKILL
+    assert killed(training, cut / "checkpoints", signal.SIGTERM, tmp_path / "stopped") == 0
+    assert not (cut / "model").exists()
+    assert 8 <= len(losses(cut)) < 24
+    assert main(training) == 0
     assert losses(cut) == losses(whole)
-    assert len(losses(cut)) == 40
+    assert len(losses(cut)) == 24
     assert (cut / "model" / "config.json").exists()
 
 

@@ -32,7 +32,7 @@ from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
 from pyvdl.sharding import make_mesh, put_batch
 from pyvdl.step import begin, make_step, shapes, split
-from pyvdl.train import History, check_settings, contrastive_loss_fn, fit, vlm_loss
+from pyvdl.train import History, _time_of, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 CONFIG = TrainConfig(
     steps=12,
@@ -469,12 +469,13 @@ def watched(
     def compiled(*_: Any) -> Any:
         numbers = itertools.count(1)
 
-        def step(params: Any, opt_state: Any, rest: Any, _: Any, batch: dict[str, jax.Array]) -> Any:
+        def step(params: Any, opt_state: Any, rest: Any, _: Any, batch: dict[str, jax.Array], going: Any) -> Any:
             name = f"step {next(numbers)}"
             assert isinstance(batch["x"], jax.Array)
             events.append(name)
             over.clear()
-            return params, opt_state, rest, {"loss": Running(name, over, events), "grad_norm": np.ones(())}
+            told = {"loss": Running(name, over, events), "grad_norm": np.ones(()), "finite": going}
+            return params, opt_state, rest, told
 
         return step
 
@@ -498,19 +499,28 @@ def test_the_next_batch_is_copied_while_a_step_runs(monkeypatch: pytest.MonkeyPa
 
 
 def test_waiting_counts_from_the_end_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    over = threading.Event()
+    over, noticed = threading.Event(), threading.Event()
+
+    def time_of(result: Any) -> float:
+        told = _time_of(result)
+        noticed.set()
+        return told
 
     class Slow(Source):
-        """The step is over at half of the time that a batch takes."""
+        """The step is over, and that noticed, before the second half of a batch begins."""
 
         def __next__(self) -> dict[str, np.ndarray]:
             time.sleep(0.05)
-            over.set()
+            if self.number:  # else there is no step yet
+                over.set()
+                noticed.wait()
+                noticed.clear()
             time.sleep(0.05)
             return super().__next__()
 
+    monkeypatch.setattr("pyvdl.train._time_of", time_of)
     history, _ = watched(monkeypatch, over, Slow(), 5)  # of which three wait: the first is not timed, the last has none
-    assert 0 < history.wait_seconds <= history.seconds - 3 * 0.05
+    assert 3 * 0.05 <= history.wait_seconds <= history.seconds - 3 * 0.05
 
 
 class Held(Source):
