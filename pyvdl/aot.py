@@ -236,7 +236,7 @@ def _compile(lowered: Any) -> tuple[str, int, int]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"CompileTimeHbmOom: .*?\(([\d.]+)([KMGT])\) exceeds", str(error))
+        found = re.search(r"CompileTimeHbmOom.*?([\d.]+)([KMGT])\)? exceeds", str(error), re.DOTALL)
         if not found:
             raise
         return "", round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))), 0
