@@ -151,7 +151,7 @@ def biased(what: str, tokens: int, head_dim: int, implementation: str = "pallas_
 
     # The batch shares the bias: rows are not cut off.
     array = 2 * BATCH * tokens * HEADS * head_dim
-    bias_bytes = 4 * HEADS * tokens**2
+    bias_bytes = 4 * HEADS * (2 * MAX_DISTANCE + 1)
     return Program(
         fn=op if forward else both,
         args=args(heads),
