@@ -330,7 +330,8 @@ def _statistics(p: _Cut) -> tuple[int, ...]:
 
 def _distances(p: _Cut, bias: Array) -> Array:
     """float32[G, heads of a tile, L], the bias of those distances that tiles have, from keys behind to keys before."""
-    found = distance_bias.stretch(bias[:, ::-1].astype(jnp.float32), -3 * p.square, (TILES + 1) * p.square)
+    length = (TILES + 1) * p.square
+    found = distance_bias.stretch(bias[:, ::-1].astype(jnp.float32), -length // 2, length)
     return found.reshape(p.grid[0], p.together, -1)
 
 

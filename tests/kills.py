@@ -1,4 +1,4 @@
-"""Captioning jobs as commands of their own, killed at random moments or over damaged files; for tests and soak."""
+"""Jobs that are stopped, or killed at random moments as commands, or have damaged files; for tests and soak."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from pyvdl import pipeline
 from pyvdl.checkpoint import save_model
 from pyvdl.data import Record, write_manifest
 from pyvdl.rows import CaptionRow, read_captions
@@ -231,3 +235,18 @@ def _mutated(data: bytes, rng: random.Random) -> bytes:
         case 3:
             found[at:at] = found[at : at + length]
     return bytes(found)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Jobs of this process are stopped inside when the first of their shards is there."""
+    original = pipeline.run_shards
+
+    def stops(*arguments: Any) -> Iterator[Any]:
+        yield next(original(*arguments))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_shards", stops)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
 from pyvdl import caption as caption_module
-from pyvdl import pipeline
 from pyvdl.__main__ import main
 from pyvdl.caption import Captioner, caption_records
 from pyvdl.clip_prompts import MAX_PROMPT_TOKENS, Prompts, encode_prompts, prompt_columns
@@ -28,6 +26,7 @@ from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
 from pyvdl.tokenizers import load_tokenizer
 from tests.clips import write_clips
+from tests.kills import stopping
 from tests.models import tiny_vlm
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
@@ -150,18 +149,10 @@ def test_batches_have_the_room_that_their_prompts_take(
 
 
 def test_a_stopped_job_goes_on_and_ends_the_same_to_the_bit(
-    model: VLM, tokenizer: WordTokenizer, records: list[Record], whole: Path, tmp_path: Path, monkeypatch: Any
+    model: VLM, tokenizer: WordTokenizer, records: list[Record], whole: Path, tmp_path: Path
 ) -> None:
-    original = pipeline.run_shards
-
-    def stops(*arguments: Any) -> Iterator[Any]:
-        yield next(original(*arguments))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "run_shards", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping():
         job(model, tokenizer, records, tmp_path)
-    monkeypatch.setattr(pipeline, "run_shards", original)
     assert job(model, tokenizer, records[::-1], tmp_path).shards_skipped == 1
     assert [path.read_bytes() for path in sorted(tmp_path.glob("captions-*"))] == [
         path.read_bytes() for path in sorted(whole.glob("captions-*"))

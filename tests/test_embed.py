@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
-from pyvdl import pipeline
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
 from pyvdl.embed import Embedder
@@ -24,6 +22,7 @@ from pyvdl.rows import EmbeddingRow, read_captions, read_shard
 from pyvdl.storage import Folder
 from pyvdl.text import WordTokenizer
 from tests.clips import write_clips
+from tests.kills import stopping
 from tests.models import tiny_dual_encoder
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
@@ -83,18 +82,9 @@ def test_a_stopped_job_goes_on_and_ends_the_same_to_the_bit(
     records: list[Record],
     whole: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = pipeline.run_shards
-
-    def stops(*arguments: Any) -> Iterator[Any]:
-        yield next(original(*arguments))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "run_shards", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping():
         run_job(load, records, tmp_path, shard_size=SHARD)
-    monkeypatch.setattr(pipeline, "run_shards", original)
     assert len(shards(tmp_path)) == 1
     with pytest.raises(ValueError, match="batch_size was 2, now 4"):
         run_job(lambda: Embedder(load()._model, clip=CLIP, batch_size=4), records, tmp_path, shard_size=SHARD)
