@@ -204,6 +204,27 @@ def test_sigterm_to_one_stops_all_after_the_same_step(manifest: Path, alone: Pat
     compare(out, alone / "dual encoder")
 
 
+def test_a_step_that_is_not_finite_ends_all_processes(manifest: Path, alone: Path, tmp_path: Path) -> None:
+    """Each tells its own records, and the state from before is saved."""
+    out = tmp_path / "run"
+    processes = start_all("dual encoder", manifest, out, 2, alone, "optim.peak_learning_rate=1e38")
+    try:
+        told = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], told
+    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    files = [out / f"nonfinite-{saved + 1}-{number}.json" for number in range(2)]
+    for text, path in zip(told, files, strict=True):
+        assert f"step {saved + 1}: loss " in text
+        assert f"all are in {path}, the state after step {saved} is saved" in text
+    keys = [json.loads(path.read_text())["records"] for path in files]
+    assert [len(own) for own in keys] == [2, 2]
+    assert keys[0] != keys[1]
+    assert not (out / "model").exists()
+
+
 def test_joining_nobody_says_what_to_set(manifest: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pyvdl", "train", "--data", str(manifest), "--out", str(tmp_path)]
