@@ -51,6 +51,7 @@ _FREE = (
     "fsdp",
     "tensor",
     "accumulate",
+    "unroll",
     "profile_steps",
     "tensorboard",
 )

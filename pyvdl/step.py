@@ -156,18 +156,18 @@ def make_step(
     A step whose loss or gradient is not finite leaves the state as it was. So do those after it, unless skip_nonfinite:
     `going` is the scalar FINITE of the step before, True for the first.
 
-    To be traced under `jax.set_mesh(mesh)`. Of `config` it reads optim, steps, accumulate and skip_nonfinite.
+    To be traced under `jax.set_mesh(mesh)`. Of `config` it reads optim, steps, accumulate, unroll and skip_nonfinite.
     """
     accumulate = config.accumulate
     optimizer = make_optimizer(config.optim, config.steps)
-    unroll = mesh.devices.flat[0].platform == "gpu"
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
 
     def step(
         params: Any, opt_state: Any, rest: Any, frozen: Any, batch: Batch, going: Array | bool = True
     ) -> tuple[Any, Any, Any, Scalars]:
         def model_of(params: Any) -> Any:
             model = nnx.merge(graph, params, frozen, rest, copy=True)  # variables of this trace
-            model.set_attributes(Stack, unroll=unroll, raise_if_not_found=False)
+            model.set_attributes(Stack, unroll=config.unroll, on_gpu=on_gpu, raise_if_not_found=False)
             return model
 
         if accumulate > 1 and jax.tree.leaves(rest):

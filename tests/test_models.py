@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -100,18 +101,39 @@ def test_tower_refuses_other_sizes_and_floats() -> None:
 def test_remat_and_unrolling_change_nothing_but_memory() -> None:
     video = frames(0, 2)
 
-    def value_and_gradient(remat: bool, unroll: bool) -> tuple[Any, int]:
+    def value_and_gradient(remat: bool, unroll: bool, on_gpu: bool = False) -> tuple[Any, int]:
         tower = ViT(dataclasses.replace(VISION, width=128, num_heads=2, remat=remat), rngs=nnx.Rngs(0))
-        tower.blocks.unroll = unroll
+        tower.blocks.unroll, tower.blocks.on_gpu = unroll, on_gpu
         graphdef, state = nnx.split(tower)
         function = jax.value_and_grad(lambda s: jnp.mean(nnx.merge(graphdef, s)(video) ** 3))
         return jax.jit(function)(state), str(jax.make_jaxpr(function)(state)).count("= exp ")
 
     (plain, exps), (remat, more_exps) = value_and_gradient(False, False), value_and_gradient(True, False)
     assert 0 < exps < more_exps  # attention's forward pass is not computed again unless asked for
-    for other in (remat, value_and_gradient(False, True)[0]):
+    unrolled = [value_and_gradient(*which)[0] for which in ((False, True), (True, True), (False, True, True))]
+    for other in (remat, *unrolled):
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unroll", "remat", "on_gpu", "at_once"),
+    [
+        (None, False, False, 1),
+        (None, False, True, 2),
+        (None, True, True, 1),
+        (True, True, False, 2),
+        (False, False, True, 1),
+    ],
+)
+def test_layers_are_unrolled_on_a_gpu_and_where_asked_for(
+    unroll: bool | None, remat: bool, on_gpu: bool, at_once: int
+) -> None:
+    tower = ViT(dataclasses.replace(VISION, remat=remat), rngs=nnx.Rngs(0))
+    tower.blocks.unroll, tower.blocks.on_gpu = unroll, on_gpu
+    graphdef, state = nnx.split(tower)
+    text = str(jax.make_jaxpr(lambda s: nnx.merge(graphdef, s)(frames(0, 2)))(state))
+    assert re.findall(r"unroll=(\d+)", text) == [str(at_once)]
 
 
 def test_layers_differ_at_the_start(vlm: VLM) -> None:

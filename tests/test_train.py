@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -30,6 +31,7 @@ from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import sentence
+from pyvdl.models.layers import Stack
 from pyvdl.sharding import make_mesh, put_batch
 from pyvdl.step import begin, make_step, shapes, split
 from pyvdl.train import History, _time_of, check_settings, contrastive_loss_fn, fit, vlm_loss
@@ -272,6 +274,23 @@ def test_scalars_of_parts_are_those_of_the_whole_batch() -> None:
     assert (found[0]["token_accuracy"], found[0]["failed_share"]) == (pytest.approx(4 / 7), 0.25)
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [None, True, False])
+def test_layers_are_unrolled_as_the_settings_say(unroll: bool | None) -> None:
+    class Layers(nnx.Module):
+        def __init__(self) -> None:
+            self.vision = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs), 5, rngs=nnx.Rngs(0))
+
+    def loss(model: Layers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return model.vision(batch["x"]).sum(), {}
+
+    mesh, model, config = make_mesh(), Layers(), dataclasses.replace(CONFIG, unroll=unroll)
+    graph, *_ = split(model, config.trainable)
+    with jax.set_mesh(mesh):
+        step = make_step(graph, loss, config, mesh)
+        text = str(jax.make_jaxpr(step)(*begin(model, config, mesh), {"x": jnp.ones((2, 6))}))
+    assert set(re.findall(r"unroll=(\d+)", text)) == {"5" if unroll else "1"}
 
 
 class Many(nnx.Module):

@@ -43,8 +43,10 @@ class Stack(nnx.Module):
 
     The blocks hold parameters only (no dropout, no statistics), so that nothing has to be carried out of the scan.
 
-    unroll: a program with all blocks one after the other, for training on a GPU. XLA copies what a scan keeps for the
-    backward pass into stacks there, and computes activations in passes of their own, so that their outputs are kept.
+    unroll: all blocks one after the other in place of the scan, which copies what it keeps for the backward pass into
+    stacks and out of them; the program takes longer to compile. None: on a GPU, unless `remat` leaves little to copy.
+    on_gpu: of the program to be made. XLA computes activations in passes of their own there, so that their outputs are
+    kept.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Stack(nnx.Module):
     ) -> None:
         self.depth = depth
         self.remat = remat
-        self.unroll = False
+        self.unroll: bool | None = None
+        self.on_gpu = False
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -77,11 +80,10 @@ class Stack(nnx.Module):
             block_state, x = inputs
             return body(nnx.merge(graphdef, block_state), carry, *x)
 
-        # With remat there is little to copy, and programs of many layers take long to compile.
-        unroll = self.unroll and not self.remat
+        unroll = self.on_gpu and not self.remat if self.unroll is None else self.unroll
         policy = jax.checkpoint_policies.nothing_saveable
         if not self.remat:
-            policy = _keep(ATTENTION_RESIDUALS, _HIDDEN) if unroll else _keep(ATTENTION_RESIDUALS)
+            policy = _keep(ATTENTION_RESIDUALS, _HIDDEN) if unroll and self.on_gpu else _keep(ATTENTION_RESIDUALS)
         step = jax.checkpoint(step, prevent_cse=unroll, policy=policy)
         carry, ys = jax.lax.scan(step, carry, (state, xs), unroll=unroll)
         return carry, ys
