@@ -250,12 +250,17 @@ Input::Input(const Source& source, int64_t max_bytes, const Deadline& deadline) 
   format->interrupt_callback = {
       [](void* opaque) { return static_cast<int>(static_cast<Deadline*>(opaque)->expired()); }, &deadline_};
   const int code = avformat_open_input(&format, "", nullptr, nullptr);  // frees `format` on failure
-  if (code < 0) deadline_.require();
-  check(code, "header", "no video container recognised");
   format_.reset(format);
+  require();
+  check(code, "header", "no video container recognised");
 }
 
 Input::~Input() = default;
+
+void Input::require() const {
+  deadline_.require();
+  check(io_->error, "read", "the file");
+}
 
 void Input::leave_unread(std::vector<Unread> places) {
   io_->direct = !places.empty();  // FFmpeg then asks for each packet as such, not for a buffer full

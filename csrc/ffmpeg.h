@@ -123,7 +123,11 @@ class Input {
 
   AVFormatContext* format() const { return format_.get(); }
   void set_deadline(const Deadline& deadline) { deadline_ = deadline; }
-  const Deadline& deadline() const { return deadline_; }
+  // Whether a read failed, by the system or the deadline. FFmpeg remembers it: only another Input reads on.
+  bool failed() const { return io_->error != 0; }
+  // Throws Error when the deadline is over or a read failed. FFmpeg hands a failure on as the end of the file, or as
+  // one of the container.
+  void require() const;
   // Packets that lie at these places (ascending) come without their bytes from now on: what they point to past `wanted`
   // is undefined. An empty list ends it.
   void leave_unread(std::vector<Unread> places);

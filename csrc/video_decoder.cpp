@@ -27,7 +27,7 @@ int64_t VideoDecoder::read_packet() {
     deadline_.require();
     av_packet_unref(packet_.get());
     if (av_read_frame(input_->format(), packet_.get()) < 0) {
-      deadline_.require();
+      input_->require();
       return -1;
     }
     if (packet_->stream_index != stream_->index) continue;
@@ -93,7 +93,7 @@ void VideoDecoder::decode(std::span<const int64_t> ranks, const Sink& sink) {
   } catch (...) {
     run_next_ = -1;  // the decoder's state is unknown
     last_asked_ = -1;
-    if (deadline_.expired()) input_.reset();  // FFmpeg's reader remembers that it failed
+    if (input_ && input_->failed()) input_.reset();
     throw;
   }
 }

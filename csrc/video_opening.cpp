@@ -101,7 +101,7 @@ void VideoDecoder::open_input() {
   AVFormatContext* format = input->format();
   if (!header_suffices(*format)) {
     const int code = avformat_find_stream_info(format, nullptr);
-    deadline_.require();
+    input->require();
     check(code, "header", "stream parameters");
   }
   std::vector<AVStream*> videos;
@@ -187,7 +187,7 @@ StreamIndex VideoDecoder::scan_packets() {
     packets.push_back(entry);
     if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) refuse_length();
   }
-  deadline_.require();
+  input_->require();
   stats_.packets_read += static_cast<int64_t>(packets.size());
   made.truncated |= code != AVERROR_EOF;
   if (container_is(*input_->format(), "mov")) {
@@ -255,7 +255,7 @@ std::optional<StreamIndex> VideoDecoder::read_tables() {
     packets.push_back(entry);
     if (static_cast<int64_t>(packets.size()) > options_.limits.max_frames) refuse_length();
   }
-  deadline_.require();
+  input_->require();
   input_->leave_unread({});
   if (!plain || code != AVERROR_EOF || static_cast<int>(packets.size()) < listed) return std::nullopt;
   finish(made, std::move(packets));

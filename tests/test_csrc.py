@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.clips import write_clip
 from tests.soak.seeds import write_corpus, write_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,14 @@ def run(command: list[str]) -> str:
 @pytest.mark.parametrize("name", ["core", "convert"])
 def test_program(programs: Path, name: str) -> None:
     assert "\n0 failures" in "\n" + run([str(programs / f"test_{name}")])
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_one(programs: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"clip.{suffix}" for suffix in ("mp4", "mkv", "ts")]
+    frames = list(np.random.default_rng(0).integers(0, 256, (30, 120, 160, 3), dtype=np.uint8))  # noise: many bytes
+    for file in files:
+        write_clip(file, frames=frames)
+    assert "\n0 failures" in "\n" + run([str(programs / "test_reading"), *map(str, files)])
 
 
 def test_damaged_files_do_no_harm(programs: Path, tmp_path: Path) -> None:
