@@ -111,7 +111,14 @@ AlignedBytes allocate_aligned(size_t bytes) {
 
 ClipLoader::ClipLoader(const ClipOptions& options, int num_threads)
     : options_(options), num_threads_(static_cast<size_t>(num_threads)) {
-  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+  threads_.reserve(num_threads_);
+  try {
+    while (threads_.size() < num_threads_) threads_.emplace_back([this] { work(); });
+  } catch (const std::exception& fault) {
+    const std::string which = std::to_string(threads_.size() + 1) + " of " + std::to_string(num_threads_);
+    close();
+    throw std::runtime_error("thread " + which + " cannot be started: " + fault.what());
+  }
 }
 
 void ClipLoader::submit(std::vector<ClipRequest> requests) {

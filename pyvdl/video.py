@@ -388,8 +388,12 @@ class ClipLoader(Iterator[ClipBatch]):
                     clips.append(_native_request(replace(request, source=b""), None))  # fails, in its place
             if not clips:
                 return
-            self._loader.submit(clips)
-            self._pending.append((clips, refused))
+            try:
+                self._pending.append((clips, refused))  # before a thread may read from them
+                self._loader.submit(clips)
+            except BaseException:  # Ctrl-C too: what is pending and what the threads have may differ from now on
+                self.close()
+                raise
 
     def _seeded(self, number: int, request: ClipRequest) -> ClipRequest:
         if self._seed is None or request.seed is not None:

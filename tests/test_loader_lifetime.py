@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import re
 import subprocess
 import sys
 import textwrap
@@ -104,6 +106,43 @@ def test_a_consumer_of_its_own_thread(clip: Path) -> None:
     thread.start()
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_ctrl_c_while_clips_are_handed_over(clip: Path) -> None:
+    """The bytes that the threads read must not be freed before the threads have let go of them."""
+    data = clip.read_bytes()
+    loader = ClipLoader((ClipRequest(data) for _ in itertools.count()), **OPTIONS)
+    threads = loader._loader
+
+    class Interrupted:
+        def submit(self, clips: list[Any]) -> None:
+            threads.submit(clips)
+            raise KeyboardInterrupt
+
+    loader._loader = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    loader._loader = threads
+    with pytest.raises(StopIteration):  # closed: its threads have ended
+        next(loader)
+
+
+def test_threads_that_cannot_be_started() -> None:
+    """An error, after those that were started have ended, and not the end of the process."""
+    code = textwrap.dedent(f"""
+        import resource
+        import pyvdl
+        pyvdl.ClipLoader([], **{OPTIONS!r}).close()  # loads what it needs
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+        try:
+            pyvdl.ClipLoader([], **{OPTIONS | {"num_threads": 1000}!r})
+        except RuntimeError as error:
+            print(error)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"thread \d+ of 1000 cannot be started: .*\n", done.stdout)
 
 
 @pytest.mark.parametrize(
