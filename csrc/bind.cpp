@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
+
 #include "clip_loader.h"
 
 extern "C" {
@@ -116,13 +118,11 @@ class PyDecoder {
                                   " bytes exceed max_bytes = " + std::to_string(decoder_->options().limits.max_bytes));
       }
       data = allocate_aligned(frame_bytes * indices.size());
-      std::vector<int64_t> ranks = indices;
-      std::sort(ranks.begin(), ranks.end());
-      ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
-      const auto slot_of = [&](int64_t rank) {
-        return data.get() +
-               frame_bytes * static_cast<size_t>(std::find(indices.begin(), indices.end(), rank) - indices.begin());
-      };
+      std::map<int64_t, size_t> first;  // rank -> its first place in `indices`
+      for (size_t i = 0; i < indices.size(); ++i) first.try_emplace(indices[i], i);
+      std::vector<int64_t> ranks;
+      for (const auto& [rank, place] : first) ranks.push_back(rank);
+      const auto slot_of = [&](int64_t rank) { return data.get() + frame_bytes * first.at(rank); };
       decoder_->decode(ranks, [&](int64_t rank, const AVFrame& frame) {
         const Orientation o = decoder_->orientation();
         if (upright_width(frame.width, frame.height, o) != width ||
@@ -135,7 +135,7 @@ class PyDecoder {
       });
       for (size_t i = 0; i < indices.size(); ++i) {
         uint8_t* const slot = data.get() + frame_bytes * i;
-        if (const uint8_t* const first = slot_of(indices[i]); first != slot) std::memcpy(slot, first, frame_bytes);
+        if (const uint8_t* const made = slot_of(indices[i]); made != slot) std::memcpy(slot, made, frame_bytes);
       }
     }
     return to_numpy(std::move(data), {indices.size(), static_cast<size_t>(height), static_cast<size_t>(width), 3});
