@@ -20,13 +20,12 @@ _REMEMBERED = 4096  # texts; a clip's prompt is asked for to sort it, to draw an
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """int32[N, L] with L as short as the longest prompt allows: one shape for the set, whatever the batches."""
-    ids = tokenizer.encode_prompts(prompts, MAX_PROMPT_TOKENS)
-    return ids[:, : _length(ids, tokenizer)]
+    return trim(tokenizer.encode_prompts(prompts, MAX_PROMPT_TOKENS), tokenizer.pad_id)
 
 
-def _length(ids: np.ndarray, tokenizer: Tokenizer) -> int:
-    """Up to the last token of int32[N, L] that is no padding: a text may have the word of that in its midst."""
-    return int(np.flatnonzero((ids != tokenizer.pad_id).any(0)).max(initial=0)) + 1
+def trim(ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """int32[N, L] up to the last column with more than padding: a text may have the word of that in its midst."""
+    return ids[:, : int(np.flatnonzero((ids != pad_id).any(0)).max(initial=0)) + 1]
 
 
 def prompt_columns(prompt: str) -> tuple[str, ...]:
@@ -87,7 +86,7 @@ class Prompts:
 
     def _encode(self, text: str) -> ClipPrompt:
         found = self._tokenizer.encode_prompts([text], MAX_PROMPT_TOKENS + 1)
-        ids = found[0, : _length(found, self._tokenizer)]
+        ids = trim(found, self._tokenizer.pad_id)[0]
         if len(ids) > MAX_PROMPT_TOKENS:
             return self._none(f"more than {MAX_PROMPT_TOKENS} tokens: {text!r:.60}")
         return ClipPrompt(text=text, ids=ids)

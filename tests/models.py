@@ -5,23 +5,36 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from pyvdl.config import GemmaConfig, T5Config, VLMConfig, toy
 from pyvdl.models import VLM
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.text import WordTokenizer
+from pyvdl.tokenizers import Tokenizer, load_tokenizer
 
 
 def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
     """A VLM of random parameters."""
     gemma_width = config.language.width if isinstance(config.language, GemmaConfig) else None
     return _filled(lambda: VLM(config, rngs=nnx.Rngs(0)), seed, gemma_width)
+
+
+def tokenizer_of(folder: Path, words: str) -> Tokenizer:
+    """One of a library's, whose ids are 0 for "<pad>" in a text, 1 for its end, and from 2 on for `words`."""
+    ids = {word: i for i, word in enumerate(["<pad>", "</s>", *words.split()])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words.split()[0]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["<pad>"])
+    library.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder, "t5")
 
 
 def _filled[M: nnx.Module](make: Callable[[], M], seed: int, gemma_width: int | None = None) -> M:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
 
 from pyvdl import caption as caption_module
 from pyvdl.__main__ import main
@@ -24,10 +22,9 @@ from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import JobSummary, caption_job
 from pyvdl.rows import CaptionRow, read_captions
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
-from pyvdl.tokenizers import load_tokenizer
 from tests.clips import write_clips
 from tests.kills import stopping
-from tests.models import tiny_vlm
+from tests.models import tiny_vlm, tokenizer_of
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 OPTIONS: dict[str, Any] = dict(clip=CLIP, num_samples=2, max_length=6, seed=3, batch_size=2)
@@ -202,11 +199,7 @@ def test_the_command_says_what_is_wrong_with_a_prompt(capsys: pytest.CaptureFixt
 
 
 def test_a_text_with_the_word_of_padding_keeps_its_end(tmp_path: Path) -> None:
-    library = Library(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "dog": 3, "runs": 4}, unk_token="a"))
-    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    library.add_special_tokens(["<pad>"])
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path, "t5")
+    tokenizer = tokenizer_of(tmp_path, "a dog runs")
     assert Prompts(tokenizer, "a {x} runs").of({"x": "<pad> dog"}).ids.tolist() == [2, 0, 3, 4, 1]
     assert encode_prompts(tokenizer, ["a <pad> dog", "a"]).tolist() == [[2, 0, 3, 1], [2, 1, 0, 0]]
 

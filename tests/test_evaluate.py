@@ -21,13 +21,14 @@ from pyvdl.evaluate import (
     evaluate_retrieval,
     evaluate_zero_shot,
     score_answers,
+    texts,
 )
 from pyvdl.metrics import count_ahead, rank
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import CAPTION_PROMPT, QUESTION_PROMPT, WordTokenizer
 from tests.clips import write_clip
-from tests.models import tiny_dual_encoder, tiny_vlm
+from tests.models import tiny_dual_encoder, tiny_vlm, tokenizer_of
 
 CLIP = ClipConfig(num_frames=2, sampling="uniform", short_side=32, size=32)
 NUM_CLIPS = 5
@@ -273,6 +274,22 @@ def test_answers_do_not_depend_on_batches(vlm: VLM, tokenizer: WordTokenizer, re
     scores = evaluate_questions(vlm, tokenizer, own, clip=CLIP, max_length=4, batch_size=4)
     assert scores.exact_match == pytest.approx(100 * sum(map(bool, first.predictions)) / total)
     assert scores.by_family == {"temporal": scores.exact_match}
+
+
+def test_an_option_with_the_word_of_padding_keeps_its_end(
+    vlm: VLM, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def score(model: object, frames: object, prompts: object, options: np.ndarray, **_: object) -> np.ndarray:
+        asked.append(options[0].tolist())
+        return np.zeros(options.shape[:2])
+
+    monkeypatch.setattr(texts, "score", score)
+    question = Question("a", answer="dog", options=("a <pad> dog", "dog"), correct=1)
+    record = dataclasses.replace(records[0], questions=(question,))
+    texts.choose_options(vlm, tokenizer_of(tmp_path, "a dog"), [record], clip=CLIP)
+    assert asked == [[[2, 0, 3, 1], [3, 1, 0, 0]]]
 
 
 def test_the_likeliest_option_is_chosen(vlm: VLM, tokenizer: WordTokenizer, records: list[Record]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -114,7 +115,7 @@ class _Reading:
     def keys(self, length: int) -> list[str]:
         keys = self.names("keys", length, lambda: [str(i) for i in range(length)])
         if len(set(keys)) != length:
-            twice = next(key for key in keys if keys.count(key) > 1)
+            ((twice, _),) = Counter(keys).most_common(1)
             raise ValueError(f"{self.source}: keys has {twice!r} twice: expected each video once")
         return keys
 

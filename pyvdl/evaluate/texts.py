@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyvdl.caption import caption_records, clip_batches
-from pyvdl.clip_prompts import encode_prompts
+from pyvdl.clip_prompts import encode_prompts, trim
 from pyvdl.config import ClipConfig
 from pyvdl.data import Question, Record
 from pyvdl.evaluate.scores import (
@@ -29,6 +29,7 @@ from pyvdl.tokenizers import Tokenizer
 
 CAPTION_LENGTH = 32  # tokens at most
 ANSWER_LENGTH = 16
+OPTION_LENGTH = 128
 
 Failures = dict[str, str]  # of clips by their keys: why
 
@@ -147,7 +148,7 @@ def choose_options(
     most = max(len(question.options) for question in questions)
     # Those with fewer options have the first one again, which wins no tie.
     texts = [option for q in questions for option in (*q.options, *q.options[:1] * (most - len(q.options)))]
-    options = _encoded(tokenizer, texts).reshape(len(questions), most, -1)
+    options = trim(tokenizer.encode_batch(texts, OPTION_LENGTH), tokenizer.pad_id).reshape(len(questions), most, -1)
     chosen = np.full(len(questions), -1, np.int64)
 
     def choose(frames: np.ndarray, asked: np.ndarray, count: int) -> None:
@@ -187,12 +188,6 @@ def _asked(records: Sequence[Record]) -> tuple[list[Record], list[Question], np.
 
 def _prompts(tokenizer: Tokenizer, questions: Sequence[Question], prompt: str) -> np.ndarray:
     return encode_prompts(tokenizer, [prompt.format(question=question.question) for question in questions])
-
-
-def _encoded(tokenizer: Tokenizer, texts: Sequence[str], longest: int = 128) -> np.ndarray:
-    """int32[N, M] with their ends, M as short as the longest of them allows."""
-    ids = tokenizer.encode_batch(texts, longest)
-    return ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]
 
 
 def _ask(
