@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from pyvdl.data import Record, parse_object, parse_record, read_manifest
 from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary, writable
+from pyvdl.storage import whole_file
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUFFIXES = " ".join(sorted(VIDEO_SUFFIXES))
@@ -271,21 +271,13 @@ def write_archive(path: str | os.PathLike[str], samples: Iterable[Sample]) -> No
     Raises ValueError where two samples have one key.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     keys: set[str] = set()
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for sample in samples:
-                    if sample.key in keys:
-                        raise ValueError(f"{target}: two samples have the key {sample.key!r}: expected one")
-                    keys.add(sample.key)
-                    _add_sample(tar, sample)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for sample in samples:
+            if sample.key in keys:
+                raise ValueError(f"{target}: two samples have the key {sample.key!r}: expected one")
+            keys.add(sample.key)
+            _add_sample(tar, sample)
 
 
 def _add_sample(tar: tarfile.TarFile, sample: Sample) -> None:

@@ -27,6 +27,7 @@ from pyvdl.config import DualEncoderConfig, VLMConfig
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.models.weights import Place, load_pretrained
+from pyvdl.storage import sync_folder
 from pyvdl.tokenizers import Tokenizer, load_tokenizer
 
 type ParamDtype = Literal["float32", "bfloat16"]
@@ -175,6 +176,7 @@ def save_model(
         with ocp.StandardCheckpointer() as writer:
             writer.save(temporary / "params", _flatten(nnx.state(model)))
         if first:
+            sync_folder(temporary)
             _replace_directory(temporary, target)
         _meet(f"end {target}")
     except BaseException:
@@ -321,7 +323,8 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
 
 
 def _replace_directory(temporary: Path, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
     with contextlib.suppress(FileNotFoundError):
         target.rename(aside)
     temporary.rename(target)

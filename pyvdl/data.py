@@ -22,6 +22,7 @@ from absl import logging
 
 from pyvdl.config import ClipConfig
 from pyvdl.sources import FileSlice, absolute, file_path, with_file_path
+from pyvdl.storage import write_whole
 
 Family = Literal["temporal", "causal", "descriptive", "short"]
 Encode = Callable[["Record", np.random.Generator], Mapping[str, np.ndarray]]
@@ -117,18 +118,15 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
     Raises ValueError where two records have one key.
     """
     target = Path(path).absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     keys: set[str] = set()
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for record in records:
-                if record.key in keys:
-                    raise ValueError(f"two records have the key {record.key!r}: expected each record to have its own")
-                keys.add(record.key)
-                file.write(json.dumps(_to_json(record, target.parent), ensure_ascii=False) + "\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def line(record: Record) -> str:
+        if record.key in keys:
+            raise ValueError(f"two records have the key {record.key!r}: expected each record to have its own")
+        keys.add(record.key)
+        return json.dumps(_to_json(record, target.parent), ensure_ascii=False) + "\n"
+
+    write_whole(target, map(line, records))
 
 
 def digest(records: Iterable[Record]) -> str:

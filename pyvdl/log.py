@@ -86,7 +86,9 @@ class Log:
             self._lines = _read_lines(path, first)
             if jax.process_index() == 0:
                 self._path = path
-                _replace_lines(path, self._lines)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if self._lines or path.exists():
+                    write_whole(path, (json.dumps(line) + "\n" for line in self._lines))
                 if config.tensorboard:
                     self._events = _events(Path(workdir) / "tensorboard", first)
 
@@ -246,15 +248,6 @@ def _read_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
         if line["step"] <= last_step:
             kept.append(line)
     return kept
-
-
-def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not lines and not path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def sentence(line: dict[str, Any]) -> str:

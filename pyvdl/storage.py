@@ -89,7 +89,7 @@ class Folder:
         if self.local is None:
             self._fs.pipe_file(self._at(name), data)
         else:
-            with _whole(self.local / name) as file:
+            with whole_file(self.local / name) as file:
                 file.write(data)
 
     def remove(self, name: str) -> None:
@@ -163,7 +163,7 @@ def _occupied(folder: Folder, who: str) -> RuntimeError:
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file that appears whole or not at all."""
-    with _whole(path) as file:
+    with whole_file(path) as file:
         file.writelines(line.encode() for line in lines)
 
 
@@ -171,12 +171,12 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Writes a NumPy archive that appears whole or not at all."""
     import numpy as np
 
-    with _whole(path) as file:
+    with whole_file(path) as file:
         np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write into that gets its name when its bytes are on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on several hosts processes have the same number
     try:
@@ -192,6 +192,14 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):  # what went wrong above is told, not this
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the bytes of all files below a folder are on the disk, where they must be before it is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def claim(path: Path, recipe: dict[str, Any], how: dict[str, Any] | None = None) -> None:

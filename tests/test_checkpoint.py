@@ -22,6 +22,7 @@ from flax import nnx
 
 from pyvdl.checkpoint import Checkpointer, load_config, load_model, save_model
 from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
+from pyvdl.models import ViT, save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import WordTokenizer
@@ -216,8 +217,28 @@ def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     for seed in (1, 2):
         model = vlm(seed)
         save_model(tmp_path / "model", model, model.config, TOKENIZER)
+        if seed == 1:  # as a process leaves it that is killed before it has deleted what it replaced
+            shutil.copytree(tmp_path / "model", tmp_path / ".model.old")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert_same(nnx.state(load_model(tmp_path / "model")[0]), nnx.state(vlm(2)))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_model(path, dual_encoder(), dual_encoder().config, TOKENIZER),
+        lambda path: save_pretrained(ViT(VISION, rngs=nnx.Rngs(0)), path),
+    ],
+)
+def test_a_model_gets_its_name_once_its_files_are_on_the_disk(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    write(tmp_path / "model")
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert [path.name for path in files if path.stat().st_ino not in synced] == []
+    assert (tmp_path / "model" / "config.json") in files
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

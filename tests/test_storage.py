@@ -17,6 +17,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pyvdl import storage
+from pyvdl.archives import Sample, write_archive
+from pyvdl.data import Record, write_manifest
 from pyvdl.storage import Folder, claim, hold, write_arrays, write_whole
 
 
@@ -113,6 +115,8 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lambda path: Folder(path.parent).write(path.name, b"x"),
         lambda path: write_whole(path, ["x"]),
         lambda path: write_arrays(path, {"x": np.zeros(2)}),
+        lambda path: write_manifest(path, [Record(key="a", video="a.mp4")]),
+        lambda path: write_archive(path, [Sample(key="a", video=b"x")]),
     ],
 )
 def test_a_file_gets_its_name_once_its_bytes_are_on_the_disk(

@@ -30,7 +30,7 @@ from pyvdl import kernels
 from pyvdl.checkpoint import Checkpointer
 from pyvdl.config import OptimConfig, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
-from pyvdl.log import sentence
+from pyvdl.log import Log, sentence
 from pyvdl.models.layers import Stack
 from pyvdl.sharding import make_mesh, put_batch
 from pyvdl.step import begin, make_step, shapes, split
@@ -421,6 +421,22 @@ def test_resume_gives_the_same_bits(at: int, uninterrupted: tuple[History, dict[
     assert metric_steps(tmp_path) == [4, 5, 8, 10, 12]
     for name, value in uninterrupted[1].items():
         assert params[name].tobytes() == value.tobytes(), name
+
+
+def test_an_old_history_stays_until_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run drops the lines after its checkpoint; what it keeps of them must outlast a power cut, too."""
+    path = tmp_path / "metrics.jsonl"
+    line = {"losses": [1.0], "grad_norms": [1.0], "seconds": 1.0, "wait_seconds": 0.0, "compile_seconds": 0.0}
+    text = "".join(json.dumps(line | {"step": step}) + "\n" for step in (4, 5, 8))
+    path.write_text(text)
+
+    def fails(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"Input/output error: '.*metrics.jsonl'"):
+        Log(CONFIG, tmp_path, 5, make_mesh(), step_flops=None, key_of=str)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [(path.name, text)]
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted: tuple[History, dict[str, Any]], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, ViTConfig, VLMConfig
+from pyvdl.storage import sync_folder
 
 from . import weight_configs, weight_names
 from .dual_encoder import DualEncoder
@@ -405,6 +406,7 @@ def save_pretrained(model: Model | ViT, path: str | os.PathLike[str]) -> None:
             preprocessor = weight_configs.to_preprocessor(vision)
             text = json.dumps(preprocessor, indent=2) + "\n"
             (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        sync_folder(temporary)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

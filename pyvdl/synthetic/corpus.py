@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pyvdl.data import Question, Record, write_manifest
+from pyvdl.storage import write_whole
 from pyvdl.synthetic import words
 from pyvdl.synthetic.render import render
 from pyvdl.synthetic.scene import Scene, sample_scene
@@ -225,7 +226,8 @@ def make_corpus(
     made_of = f"pyvdl synthetic corpus: {num_clips} clips, seed {seed}\n"
     if stamp.exists() and stamp.read_text() != made_of:
         raise ValueError(f"{directory} holds another corpus ({stamp.read_text().strip()}); choose another directory")
-    stamp.write_text(made_of)
+    if not stamp.exists():
+        write_whole(stamp, [made_of])
     jobs = _plan(num_clips, seed)
     missing = [job for job in jobs if not (directory / job.path).exists()]
     done = len(jobs) - len(missing)
