@@ -28,7 +28,7 @@ from pyvdl.sources import VIDEO_SUFFIXES, is_url, open_binary, writable
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 _NUMBERS = ("start_seconds", "end_seconds")  # of a CSV file, where all is text
 _PARQUET_ROWS = 1024  # at a time
-_MEASURED = 64  # clips at a time
+_MEASURED = 1024  # clips at a time: each time starts a process
 _CHUNK_BYTES = 1 << 20
 _REST = "\0"  # no column's name: fields behind the last one
 _PLAIN = frozenset({str, int, float, bool})  # of a Parquet file's values, most
