@@ -40,6 +40,7 @@ from bench.common import (
     format_table,
     interleave,
     measure,
+    peak_memory_bytes,
     progress,
     ratio,
 )
@@ -376,8 +377,7 @@ def bookkeeping(clips: int, shard_size: int = 10_000) -> list[dict[str, Any]]:
 
 def memory_bytes() -> int:
     """Resident at the most since the last call, where the kernel can say so; else since the start."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    peak = peak_memory_bytes()
     Path("/proc/self/clear_refs").write_text("5")
     return peak
 

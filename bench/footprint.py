@@ -9,18 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from bench.common import peak_memory_bytes
-
-
-def resident_bytes() -> int:
-    """What this process has resident now. Linux only, like the peak that can be told apart from the parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the system does not tell how much memory a process has")
+from bench.common import peak_memory_bytes, resident_bytes
 
 
 def measure_loader(paths: list[str], threads: int, marks: list[int], options: dict[str, Any]) -> dict[str, Any]:

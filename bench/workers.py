@@ -72,8 +72,9 @@ class Worker:
             self._start()
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no reply, which tells how
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         reply = self._receive()
         if "error" in reply:
             raise ContenderError(reply["error"])

@@ -103,6 +103,12 @@ def test_a_worker_gives_the_wanted_frames_and_its_times(name: str, clip: Path) -
         with pytest.raises(workers.ContenderError):
             decode.time_clip(worker, decode.job_for(CASE, clip.with_name("missing.mp4")))
         assert decode.time_clip(worker, job).cpu_seconds > 0  # a failure does not end the worker
+        assert worker._process is not None
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(workers.ContenderError, match="its process ended with code -9"):
+            decode.time_clip(worker, job)
+        assert decode.time_clip(worker, job).cpu_seconds > 0  # it is started anew
     finally:
         worker.close()
 
