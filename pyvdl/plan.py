@@ -251,12 +251,12 @@ def _libtpu() -> str:
     return str(folder)
 
 
-def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
+def describe(found: Plan) -> str:
     """A plan for the eye."""
     chip, memory, gib = found.chip, found.memory, 2**30
     captions = found.request.recipe == "caption"
     clips = found.copies * found.batch_size / found.step_seconds
-    cores = clips / decode_rate / found.hosts
+    cores = clips / DECODE_CLIPS_PER_CORE / found.hosts
     hours = found.steps * found.step_seconds / 3600
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     parts = {
@@ -297,7 +297,7 @@ def describe(found: Plan, decode_rate: float = DECODE_CLIPS_PER_CORE) -> str:
         *([f"  {'share of peak':<38}{found.bounds['MXU'] / found.step_seconds:8.0%}"] if found.compiled else []),
         "",
         f"  {clips:.0f} clips a second: {cores:.0f} decoding cores on each of {found.hosts} hosts "
-        f"({decode_rate} clips a second of a core)",
+        f"({DECODE_CLIPS_PER_CORE} clips a second of a core)",
         f"  {found.steps} {'batches on each host' if captions else 'steps'}: {hours:.1f} hours, "
         f"{hours * found.chips:.0f} chip-hours",
         f"  compiled in {found.compile_seconds:.0f} s with {found.peak_compile_bytes / gib:.1f} GiB of memory here",

@@ -51,12 +51,13 @@ _COMMON_WORDS = frozenset(
         "then",
     )
 )
+_THUMBNAIL = 160  # pixels, the longer side
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> Path:
     """Writes the plots and `report.html` into `directory`; returns the page's path.
 
-    Frame files named by the report's examples must be in `directory` already (`save_thumbnail`, `save_strip`). The page
+    Frame files named by the report's examples must be in `directory` already (`save_thumbnail`). The page
     holds everything it shows: images are data URIs, there is no script and no address to load anything from.
     """
     directory = Path(directory)
@@ -102,29 +103,11 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n\n".join([*blocks, "Scores are in percent points with 95% bootstrap intervals over the test clips."])
 
 
-def save_thumbnail(frame: np.ndarray, path: Path, *, max_side: int = 160) -> Path:
-    """Writes one frame, uint8[H, W, 3], as PNG; larger ones are shrunk so that no side passes `max_side` pixels."""
+def save_thumbnail(frame: np.ndarray, path: Path) -> Path:
+    """Writes one frame, uint8[H, W, 3], as PNG; larger ones are shrunk so that no side passes 160 pixels."""
     image = frame_image(frame)
-    image.thumbnail((max_side, max_side))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     image.save(path, format="PNG")
-    return Path(path)
-
-
-def save_strip(frames: np.ndarray, path: Path, *, max_side: int = 160, gap: int = 3) -> Path:
-    """Writes frames, uint8[T, H, W, 3], side by side as one PNG with black gaps of `gap` pixels between them."""
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or len(frames) == 0:
-        raise ValueError(f"frames have shape {frames.shape}; expected [T, H, W, 3] with at least one frame")
-    images = [frame_image(frame) for frame in frames]
-    for image in images:
-        image.thumbnail((max_side, max_side))
-    width, height = images[0].size
-    from PIL import Image
-
-    strip = Image.new("RGB", (len(images) * (width + gap) - gap, height))
-    for position, image in enumerate(images):
-        strip.paste(image, (position * (width + gap), 0))
-    strip.save(path, format="PNG")
     return Path(path)
 
 

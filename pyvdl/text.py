@@ -54,13 +54,10 @@ class WordTokenizer:
             raise ValueError(f"words {repeated[:5]!r} occur more than once: expected a set of distinct words")
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], max_words: int | None = None) -> Self:
-        """Takes the `max_words` most frequent words (all when None); equal counts in alphabetical order."""
-        if max_words is not None and max_words < 1:
-            raise ValueError(f"max_words={max_words}: expected a positive number or None")
+    def from_texts(cls, texts: Iterable[str]) -> Self:
+        """Takes all words, the most frequent first; equal counts in alphabetical order."""
         counts = Counter(word for text in texts for word in split_words(text))
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(ranked[:max_words])
+        return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
     @property
     def vocab_size(self) -> int:

@@ -163,7 +163,7 @@ def test_retry_after_is_waited_for_by_all_requests() -> None:
     async def both(server: ChatServer) -> list[Answer]:
         async with Endpoint("m", 64, None, connection(server)) as endpoint:
             first = asyncio.create_task(endpoint.ask("one", 1))
-            while not endpoint.is_holding_back:
+            while endpoint._free_at < time.monotonic():
                 await asyncio.sleep(0.01)
             return [await endpoint.ask("two", 2), await first]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyvdl.claims import claims, recovered_gain, verdict
-from pyvdl.report import save_strip, save_thumbnail, table, write_report
+from pyvdl.report import save_thumbnail, table, write_report
 
 COLOURS = {"red": (214, 62, 54), "blue": (58, 104, 214), "green": (58, 168, 92), "yellow": (232, 190, 52)}
 
@@ -425,25 +425,16 @@ def test_missing_frames_and_shares_that_are_none_are_refused(with_frames: dict[s
     assert not (tmp_path / "report.html").exists()
 
 
-def test_strip_and_thumbnail(tmp_path: Path) -> None:
+def test_thumbnail(tmp_path: Path) -> None:
     from PIL import Image
 
-    frames = clip(3, COLOURS["red"], frames=5, size=40)
-    with Image.open(save_strip(frames, tmp_path / "strip.png", gap=2)) as image:
-        strip = np.asarray(image)
-    assert strip.shape == (40, 5 * 42 - 2, 3)
-    for t in range(5):
-        assert np.array_equal(strip[:, t * 42 : t * 42 + 40], frames[t])
-    assert not strip[:, 40:42].any()
-
+    (frame,) = clip(3, COLOURS["red"], frames=1, size=40)
     tall = np.full((400, 200, 3), (10, 200, 30), np.uint8)
     with Image.open(save_thumbnail(tall, tmp_path / "thumbnail.png")) as image:
         assert image.size == (80, 160)
         assert image.getpixel((40, 80)) == (10, 200, 30)
-    with Image.open(save_thumbnail(frames[0], tmp_path / "small.png")) as image:
-        assert np.array_equal(np.asarray(image), frames[0])
+    with Image.open(save_thumbnail(frame, tmp_path / "small.png")) as image:
+        assert np.array_equal(np.asarray(image), frame)
 
     with pytest.raises(ValueError, match=r"float64\[40, 40, 3\]; expected uint8"):
-        save_thumbnail(frames[0].astype(float), tmp_path / "bad.png")
-    with pytest.raises(ValueError, match=r"expected \[T, H, W, 3\]"):
-        save_strip(frames[0], tmp_path / "bad.png")
+        save_thumbnail(frame.astype(float), tmp_path / "bad.png")

@@ -115,11 +115,6 @@ class Endpoint:
     def url(self) -> str:
         return str(self._client.base_url)
 
-    @property
-    def is_holding_back(self) -> bool:
-        """Whether a limit, or the endpoint, has no request go out now."""
-        return time.monotonic() < self._free_at
-
     async def ask(self, prompt: str, seed: int) -> Answer:
         """One answer; EndpointError where no request would get one."""
         answer = Answer()
