@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -81,6 +82,11 @@ class Record:
             end_seconds=end_seconds,
             group=self.group or self.key,
         )
+
+    def equal_parts(self, end_seconds: float, count: int) -> list[Record]:
+        """So many, of a clip that ends there."""
+        bounds = np.linspace(self.start_seconds, end_seconds, count + 1).tolist()
+        return [self.part(i, start, end) for i, (start, end) in enumerate(itertools.pairwise(bounds))]
 
 
 _NAMED = frozenset(field.name for field in dataclasses.fields(Record)) - {"extra"}

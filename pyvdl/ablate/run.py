@@ -17,6 +17,7 @@ from typing import Any
 from pyvdl.checkpoint import is_public, load_model
 from pyvdl.clock import Clock
 from pyvdl.data import Record
+from pyvdl.manifests import measured
 from pyvdl.models.vlm import VLM
 from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
@@ -24,7 +25,6 @@ from pyvdl.recipes import adapt, fraction, model_clip, train
 from pyvdl.rows import captions_by_key, read_captions
 from pyvdl.storage import read_object, write_whole
 from pyvdl.text import prompts_for
-from pyvdl.video import DecodeError, VideoDecoder
 
 from .grids import SCORES, Grid
 from .judge import Items, Judged, judge
@@ -120,7 +120,7 @@ class Work:
         if step.frames:
             clip = dataclasses.replace(clip, num_frames=1, sampling="uniform")
             options = {"temperature": 0.0}
-            records = [part for record in records for part in _windows(record, step.frames)]
+            records = _frames(records, step.frames)
         with reporting("clips captioned") as progress:
             caption_job(
                 model,
@@ -194,20 +194,15 @@ class Work:
         return self._scores_path(recipe, together).exists()
 
 
-def _windows(record: Record, count: int) -> list[Record]:
-    """Equal parts of a clip; their middles are the frames of uniform sampling.
+def _frames(records: Sequence[Record], count: int) -> list[Record]:
+    """Equal parts of each clip; their middles are the frames of uniform sampling.
 
-    One that cannot be opened has parts too: the job then has a failed row for each.
+    One that cannot be measured has parts too: the job then has a failed row for each.
     """
-    end = record.end_seconds
-    if end is None:
-        try:
-            end = VideoDecoder(record.source).metadata.duration_seconds
-        except DecodeError:
-            end = record.start_seconds + count
-    seconds = (end - record.start_seconds) / count
-    starts = [record.start_seconds + i * seconds for i in range(count)]
-    return [record.part(i, start, start + seconds) for i, start in enumerate(starts)]
+    found: list[Record] = []
+    for record, end in measured(records):
+        found += record.equal_parts(record.start_seconds + count if end is None else end, count)
+    return found
 
 
 def run_grid(grid: Grid, world: World, out: Path) -> Outcome:

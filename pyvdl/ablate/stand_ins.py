@@ -44,13 +44,10 @@ def about_pictures(pictures: Iterable[Record]) -> list[Record]:
 
 
 def _singles(record: Record) -> Iterator[Record]:
-    end = record.end_seconds
-    if end is None:
+    if record.end_seconds is None:
         raise ValueError(f"{record.key} has no end_seconds: its pictures cannot be told apart")
-    seconds = (end - record.start_seconds) / len(record.captions)
-    for i, caption in enumerate(record.captions):
-        start = record.start_seconds + i * seconds
-        part = record.part(i, start, start + seconds)
+    parts = record.equal_parts(record.end_seconds, len(record.captions))
+    for part, caption in zip(parts, record.captions, strict=True):
         yield dataclasses.replace(part, captions=(caption,), questions=tuple(_shown(caption)))
 
 

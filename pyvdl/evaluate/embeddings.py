@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -81,8 +80,7 @@ def _parts(records: Sequence[Record], clips: int) -> list[Record]:
         if end is None or end <= record.start_seconds:
             found += [record] * clips
             continue
-        bounds = np.linspace(record.start_seconds, end, clips + 1).tolist()
-        found += [record.part(i, first, last) for i, (first, last) in enumerate(itertools.pairwise(bounds))]
+        found += record.equal_parts(end, clips)
     return found
 
 
