@@ -156,15 +156,73 @@ def attention(
     Returns:
         [B, S, N, D] of q's type.
     """
+    _check_operands(q, k, v)
+    options: dict[str, Any] = {
+        "causal": causal,
+        "prefix_lengths": prefix_lengths,
+        "q_offset": q_offset,
+        "kv_lengths": kv_lengths,
+        "bias": bias,
+        "distance_bias": distance_bias,
+        "softcap": softcap,
+        "window": window,
+    }
+    _check_options(q, k, **options)
+    options["scale"] = q.shape[3] ** -0.5 if scale is None else scale
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
+    if implementation == "reference":
+        return reference.attention(q, k, v, **options)
+    if implementation == "pallas_gpu":
+        raise NotImplementedError("attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
+    branches: dict[str, Callable[..., Array]] = {"xla": functools.partial(_attention_xla, **options)}
+    for_tpu: Any = attention_splash if distance_bias is None else attention_biased_tpu
+    for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", for_tpu)):
+        if reason := module.refusal_of_options(q, k, options):
+            if implementation == name:
+                raise NotImplementedError(f"attention: {name!r} {reason}; use 'xla' or None")
+        else:
+            branches[name] = functools.partial(module.attention, **options)
+    if implementation is not None:
+        return branches[implementation](q, k, v)
+    platforms = {"default": branches["xla"]}
+    if "cudnn" in branches and attention_cudnn.is_here():
+        platforms["cuda"] = branches["cudnn"]
+    if "pallas_tpu" in branches and q.shape[1] * k.shape[1] >= for_tpu.LEAST_SCORES:
+        if distance_bias is not None:  # chooses by the platform inside its own rules of differentiation
+            return attention_biased_tpu.by_platform(q, k, v, **options)
+        platforms["tpu"] = branches["pallas_tpu"]
+    if len(platforms) == 1:
+        return branches["xla"](q, k, v)
+    return jax.lax.platform_dependent(q, k, v, **platforms)
+
+
+def _check_operands(q: Array, k: Array, v: Array) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"q must be [B, S, N, D] and k, v [B, K, Nkv, D], not {q.shape}, {k.shape}, {v.shape}")
-    batch, queries, heads, head_dim = q.shape
-    _, keys, kv_heads, _ = k.shape
+    batch, _, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
     if k.shape[0] != batch or k.shape[3] != head_dim or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k and v must be [{batch}, K, a divisor of {heads}, {head_dim}], not {k.shape}")
     _check_float(q=q, k=k, v=v)
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _check_options(
+    q: Array,
+    k: Array,
+    *,
+    causal: bool,
+    prefix_lengths: Array | None,
+    q_offset: int | Array,
+    kv_lengths: Array | None,
+    bias: Array | None,
+    distance_bias: Array | None,
+    softcap: float | None,
+    window: int | None,
+) -> None:
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
     _check_lengths("prefix_lengths", prefix_lengths, batch)
     _check_lengths("kv_lengths", kv_lengths, batch)
     if prefix_lengths is not None and not causal:
@@ -189,44 +247,6 @@ def attention(
         raise ValueError(f"softcap must be positive, not {softcap}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
-    scale = head_dim**-0.5 if scale is None else scale
-    options: dict[str, Any] = {
-        "causal": causal,
-        "prefix_lengths": prefix_lengths,
-        "q_offset": q_offset,
-        "kv_lengths": kv_lengths,
-        "bias": bias,
-        "distance_bias": distance_bias,
-        "softcap": softcap,
-        "window": window,
-        "scale": scale,
-    }
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, not {implementation!r}")
-    if implementation == "reference":
-        return reference.attention(q, k, v, **options)
-    if implementation == "pallas_gpu":
-        raise NotImplementedError("attention: 'pallas_gpu' is not built; use 'cudnn', 'xla' or None")
-    branches: dict[str, Callable[..., Array]] = {"xla": functools.partial(_attention_xla, **options)}
-    for_tpu: Any = attention_splash if distance_bias is None else attention_biased_tpu
-    for name, module in (("cudnn", attention_cudnn), ("pallas_tpu", for_tpu)):
-        if reason := module.refusal_of_options(q, k, options):
-            if implementation == name:
-                raise NotImplementedError(f"attention: {name!r} {reason}; use 'xla' or None")
-        else:
-            branches[name] = functools.partial(module.attention, **options)
-    if implementation is not None:
-        return branches[implementation](q, k, v)
-    platforms = {"default": branches["xla"]}
-    if "cudnn" in branches and attention_cudnn.is_here():
-        platforms["cuda"] = branches["cudnn"]
-    if "pallas_tpu" in branches and queries * keys >= for_tpu.LEAST_SCORES:
-        if distance_bias is not None:  # chooses by the platform inside its own rules of differentiation
-            return attention_biased_tpu.by_platform(q, k, v, **options)
-        platforms["tpu"] = branches["pallas_tpu"]
-    if len(platforms) == 1:
-        return branches["xla"](q, k, v)
-    return jax.lax.platform_dependent(q, k, v, **platforms)
 
 
 def _attention_xla(

@@ -22,8 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from . import attention_xla, distance_bias, tuning
 from .attention_tpu import LARGEST_SUM, SMALLEST_SUM, in_advance
-from .attention_tpu_tiles import LANES, LOG2E, dot, lane, of_head, pieces, row, zero_after
+from .attention_tpu_tiles import dot, lane, of_head, pieces, row, zero_after
 from .manual_axes import alike, shape_like
+from .tuning import LANES, LOG2E
 
 HEAD_DIMS = (32, 64, 128)  # heads fill tiles of lanes
 AHEAD = 3  # pieces of scores that are made before the weights of those before them

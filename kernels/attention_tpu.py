@@ -26,8 +26,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from . import tuning
 from .attention_tpu_tiles import (
-    LANES,
-    LOG2E,
     LONE,
     Input,
     Output,
@@ -51,6 +49,7 @@ from .attention_tpu_tiles import (
     zero_after,
 )
 from .manual_axes import shape_like
+from .tuning import LANES, LOG2E
 
 LN2 = math.log(2.0)
 # Sums of exponentials outside this range are taken again with the maximum subtracted. Inside, float32 loses nothing:

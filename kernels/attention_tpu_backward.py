@@ -16,8 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from . import tuning
 from .attention_tpu_tiles import (
-    LANES,
-    LOG2E,
     LONE,
     Input,
     Output,
@@ -41,6 +39,7 @@ from .attention_tpu_tiles import (
     zero_after,
 )
 from .manual_axes import shape_like
+from .tuning import LANES, LOG2E
 
 
 def _backward_kernel(*refs: Any, plan: Plan, scale: float) -> None:

@@ -7,7 +7,6 @@ would repack bfloat16 for either. Its output is collected transposed, and writte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import tuning
+from .tuning import LANES
 
-LANES = 128
-LOG2E = math.log2(math.e)
 LONE = 16  # rows that are read for the lone one: a tile of bfloat16
 
 Spec = pl.BlockSpec

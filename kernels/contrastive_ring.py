@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import contrastive_tpu as kernels
-from .tuning import ContrastiveLayout, contrastive_layout
+from .tuning import LOG2E, ContrastiveLayout, contrastive_layout
 
 
 def around(step: Any, carry: Any, visitors: list[tuple[Any, Any]], axes: tuple[str, ...], unroll: int = 1) -> Any:
@@ -125,7 +125,7 @@ def statistics(
     batch = video.shape[0]
     softmax = kind == "softmax"
     top, running = jnp.float32(0), jnp.bool_(True)
-    scale, bias = scale * kernels.LOG2E, bias * kernels.LOG2E
+    scale, bias = scale * LOG2E, bias * LOG2E
     if softmax:
         bias, running = _fixed_maximum(video, text, scale, axes)
         top = jnp.where(running, kernels.MASKED, bias)
@@ -144,7 +144,7 @@ def statistics(
     starts = [jax.tree.map(lambda x, n=x[0].shape[0]: jnp.stack([x] * n), columns) for x in visitors]
     rows, ends = around(step, rows, list(zip(visitors, starts)), axes, unroll=2)
     if not softmax:
-        return jnp.sum(rows[0], axis=1)[:batch] / kernels.LOG2E, jnp.zeros(batch, jnp.float32)
+        return jnp.sum(rows[0], axis=1)[:batch] / LOG2E, jnp.zeros(batch, jnp.float32)
     of_columns = jnp.concatenate([jax.vmap(lambda *x: kernels.merged(x, 0))(*end) for end in ends])
     return kernels.merged(rows, 1)[:batch], of_columns.reshape(-1)[:batch]
 
@@ -164,11 +164,11 @@ def gradients(
     sizes, video, row_groups, visitors = _tpu_sides(video, text, groups, axes)
     lses: list[Any] = [None] * len(visitors)
     if row_lse is not None and column_lse is not None:
-        row_lse, column_lse = (kernels.padded(x * kernels.LOG2E, sizes) for x in (row_lse, column_lse))
+        row_lse, column_lse = (kernels.padded(x * LOG2E, sizes) for x in (row_lse, column_lse))
         row_lse = kernels.by_row(row_lse)
         column_lse = column_lse.reshape(sizes.streams, 1, sizes.columns)
         lses = [column_lse[part] for part in _directions(sizes)]
-    numbers = jnp.stack([scale, bias]) * kernels.LOG2E
+    numbers = jnp.stack([scale, bias]) * LOG2E
 
     def step(carry: Any, index: int, visitors: Any, d_text: Array, home: Any) -> tuple[Any, Any]:
         def part(carry: Any, number: Any, visitors: Any) -> tuple[Any, Any]:
@@ -184,4 +184,4 @@ def gradients(
     carry = fresh((jnp.zeros(video.shape, jnp.float32), jnp.zeros(2, jnp.float32)), axes)
     (d_video, sums), ends = around(step, carry, list(zip(zip(visitors, lses), starts)), axes, unroll=2)
     d_text = jnp.concatenate(ends).reshape(sizes.rows, sizes.width)
-    return d_video[:batch, :width], d_text[:batch, :width], sums[0] / kernels.LOG2E, sums[1]
+    return d_video[:batch, :width], d_text[:batch, :width], sums[0] / LOG2E, sums[1]

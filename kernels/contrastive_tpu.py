@@ -14,7 +14,6 @@ Exponentials and logarithms are those of base 2, which is what the hardware comp
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .manual_axes import alike
-from .tuning import CONTRASTIVE_VMEM_BYTES, LANES, ContrastiveLayout
+from .tuning import CONTRASTIVE_VMEM_BYTES, LANES, LOG2E, ContrastiveLayout
 
 SUBLANES = 8
-LOG2E = math.log2(math.e)
 MASKED = -1e30  # score of a pair that does not count
 DTYPES = ("bfloat16", "float32")
 ROW_BY_COLUMN = (((1,), (1,)), ((), ()))  # [r, e], [c, e] -> [r, c]

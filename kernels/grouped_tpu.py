@@ -20,6 +20,7 @@ The backward pass computes logits anew, and softmax statistics with them: that c
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,11 +32,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .grouped_tpu_tiles import (
     CLASS_ROWS,
-    LANES,
     STEP_UNITS,
     Plan,
     Ref,
-    ceil_to,
     close_blocks,
     columns,
     first_row,
@@ -49,9 +48,9 @@ from .grouped_tpu_tiles import (
     tokens_mask,
     write_mask,
 )
+from .tuning import LANES, LOG2E, ceil_to
 
-LOG2_E = 1.4426950408889634  # logits are kept in units of log 2: exp2 is what the hardware has
-LN_2 = 0.6931471805599453
+LN_2 = math.log(2)
 LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
 # What the compiler takes for itself, spilled registers above all: needed at least, and allowed where there is room.
 VMEM_SLACK_BYTES = 12 * 2**20
@@ -112,7 +111,7 @@ def _loop(plan: Plan, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 def _softmax(plan: Plan, logits: Array, mask: Ref | None, first: int) -> tuple[Array, Array | None, Array, Array]:
     """logits [keys (and CLASS_ROWS), queries] -> exponentials, the class key's, maxima (of log 2), sums."""
-    own, factor = None, plan.scale * LOG2_E
+    own, factor = None, plan.scale * LOG2E
     if plan.class_tokens:
         logits, own = logits[: plan.rows], logits[plan.rows : plan.rows + 1] * factor
     logits = logits * factor
@@ -131,7 +130,7 @@ def _softmax(plan: Plan, logits: Array, mask: Ref | None, first: int) -> tuple[A
 
 def _class_logits(plan: Plan, rows: Array, k: Array, tile: Any) -> Array:
     """float32[CLASS_ROWS, rows]: the class token's logits with a tile."""
-    logits = _dot(rows, k, NT) * (plan.scale * LOG2_E)
+    logits = _dot(rows, k, NT) * (plan.scale * LOG2E)
     return logits + tokens_mask(plan, tile) if plan.staged else logits
 
 
@@ -152,7 +151,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
         q_class, k_class, v_class = classes
         q_rows, k_row = own_lanes(plan, q_class).astype(plan.dtype), first_row(k_class)
         v_column[...] = columns(v_class)
-        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2_E)
+        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2E)
 
         def class_logits(tiles: list[Any], top: Array) -> Array:
             for tile in tiles:
@@ -233,7 +232,7 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
         k_row, v_row = first_row(k_class), first_row(v_class)
         for column, row in ((q_column, q_class), (k_column, k_class), (do_column, do_class)):
             column[...] = columns(row)
-        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2_E)
+        to_itself = _dot(q_rows, k_row, NT)[:, :1] * (plan.scale * LOG2E)
         dp_itself = _dot(do_rows, v_row, NT)[:, :1]
 
         def class_logits(tiles: list[Any], top: Array) -> Array:

@@ -23,7 +23,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from .tuning import LANES, ceil_to
+
 LEAST_HEAD_DIM = 32  # below, a tile of lanes holds too many heads for one program
 CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head h sees it
 STEP_UNITS = 32  # of one loop step, where a clip has as many; a unit is 128 queries of one head
@@ -31,10 +32,6 @@ MOST_FRAMES_ACROSS = 16  # above, logits between places that a mask throws away 
 MASKED = -1e30  # added to a logit; finite, so that NaN and infinity of a logit stay visible
 
 Ref = Any
-
-
-def ceil_to(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 @dataclass(frozen=True)

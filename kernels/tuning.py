@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+LANES = 128
+LOG2E = math.log2(math.e)  # scores are kept in units of log 2: exp2 is what the hardware has
+
 # Multiples of 8 (sublanes of a transposed head); below 32 a tile of lanes holds too many heads for one program.
 JOINT_HEAD_DIMS = (32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 256)
 
@@ -23,6 +26,10 @@ _RESERVED_BYTES = 6 << 20  # the compiler's own: spills, semaphores, and what st
 _overrides: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar(
     "overrides", default=MappingProxyType({})
 )
+
+
+def ceil_to(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @contextlib.contextmanager
@@ -54,12 +61,12 @@ def joint_backward_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     """VMEM of the joint mode's backward kernel, which holds more than its forward, for q [B, S, N, D]."""
     _, tokens, heads, head_dim = shape
     size = jnp.dtype(dtype).itemsize
-    rows, lanes = -(-tokens // 128) * 128 + 128, max(128, head_dim)
-    loose = 128 % head_dim and head_dim % 128
+    rows, lanes = ceil_to(tokens, LANES) + LANES, max(LANES, head_dim)
+    loose = LANES % head_dim and head_dim % LANES
     array = rows * lanes
     # Each block twice, while the next one is fetched: q, k, v, out, do (two tiles of lanes each if loose); dq, dk, dv.
     blocks = 2 * size * array * (13 if loose else 8)
-    statistics = 2 * 4 * rows * -(-heads // 8) * 8
+    statistics = 2 * 4 * rows * ceil_to(heads, 8)
     # K transposed and the sums of dk and dv; loose inputs and outputs; three chunks of scores, which spill.
     scratch = array * (size + 8) + ((5 * size + 24) * array if loose else 0) + 3 * 4 * 512 * 512
     return blocks + statistics + scratch
@@ -88,7 +95,6 @@ def cuts(table: Table) -> Cuts:
 
 # --- the contrastive loss
 
-LANES = 128
 CONTRASTIVE_VMEM_BYTES = 60 << 20  # of the 64 MiB of the smallest VMEM among the chips this is for
 _ROW_SCRATCH_BYTES = 8 << 20  # two blocks of d_video, the one in work and the one on its way
 _TEXT_BLOCK_BYTES = 8 << 20  # two blocks of text and one of d_text
@@ -124,23 +130,19 @@ class ContrastiveLayout(NamedTuple):
         return self.rows // self.streams
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def contrastive_layout(batch: int, width: int, dtype: Any, split: bool) -> ContrastiveLayout:
     """`split`: the visiting rows come in two parts, where there are enough."""
-    width = _up(width, LANES)
+    width = ceil_to(width, LANES)
     tiles = CONTRASTIVE_FLOAT32 if jnp.dtype(dtype) == jnp.float32 else CONTRASTIVE
     tiles = tiles._replace(**{name: value for name, value in _overrides.get().items() if name in Tiles._fields})
     limit_rows = min(tiles.rows, max(_ROW_SCRATCH_BYTES // (8 * width), LANES))
     limit_columns = min(tiles.columns, max(_TEXT_BLOCK_BYTES // (8 * width), LANES))
     streams = 2 if split and batch > LANES else 1
     # Columns that do not fit are visited in more parts; a multiple of two, as the ring has two directions.
-    while _up(batch, LANES * streams) // streams * width * 4 > _COLUMN_SCRATCH_BYTES:
+    while ceil_to(batch, LANES * streams) // streams * width * 4 > _COLUMN_SCRATCH_BYTES:
         streams *= 2
     for row_block in (1024, 512, 256, 128):
-        rows = _up(batch, max(row_block, LANES * streams))
+        rows = ceil_to(batch, max(row_block, LANES * streams))
         if row_block <= limit_rows and (8 * rows <= 9 * batch or row_block == LANES):  # little of it padding
             break
     row_block = math.gcd(rows, row_block)
