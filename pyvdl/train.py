@@ -45,6 +45,7 @@ from pyvdl.step import (
     Batch,
     LossFunction,
     PairedLoss,
+    State,
     begin,
     make_step,
     placed,
@@ -115,15 +116,7 @@ def fit(
             if first > config.steps:
                 raise ValueError(f"steps={config.steps}: {checkpointer.directory} already holds step {first}")
         if checkpointer is not None and first:
-            template = placed(shapes(model, config), mesh)
-            rest = jax.tree.map(lambda x: put(x, replicated(mesh)), split(model, config.trainable)[3])
-            wanted = nnx.merge_state(template.params, template.frozen, rest)
-            checkpointer.check(first, wanted, template.opt_state)
-            nnx.update(model, nnx.merge_state(template.params, template.frozen))  # lets go of the arrays it had
-            restored, opt_state, data_state = checkpointer.restore(first, wanted, template.opt_state)
-            nnx.update(model, restored)
-            _, params, frozen, rest = split(model, config.trainable)
-            batches.set_state(data_state)
+            params, opt_state, rest, frozen = _resumed(checkpointer, first, model, batches, config, mesh)
         else:
             params, opt_state, rest, frozen = begin(model, config, mesh)
         stack.callback(lambda: nnx.update(model, nnx.merge_state(params, frozen, rest)))
@@ -182,6 +175,22 @@ def fit(
         if checkpointer is not None:
             checkpointer.wait()
     return log.history()
+
+
+def _resumed(
+    checkpointer: Checkpointer, step: int, model: nnx.Module, batches: BatchSource, config: TrainConfig, mesh: Mesh
+) -> State:
+    """The state after `step`, whose arrays are those of `model` from then on; `batches` goes on from there."""
+    template = placed(shapes(model, config), mesh)
+    rest = jax.tree.map(lambda x: put(x, replicated(mesh)), split(model, config.trainable)[3])
+    wanted = nnx.merge_state(template.params, template.frozen, rest)
+    checkpointer.check(step, wanted, template.opt_state)
+    nnx.update(model, nnx.merge_state(template.params, template.frozen))  # lets go of the arrays it had
+    restored, opt_state, data_state = checkpointer.restore(step, wanted, template.opt_state)
+    nnx.update(model, restored)
+    _, params, frozen, rest = split(model, config.trainable)
+    batches.set_state(data_state)
+    return State(params, opt_state, rest, frozen)
 
 
 def check_settings(model: nnx.Module, config: TrainConfig) -> None:
