@@ -13,9 +13,12 @@ from pyvdl.caption import caption_records, clip_batches, clip_seed
 from pyvdl.clip_prompts import encode_prompts
 from pyvdl.config import ClipConfig
 from pyvdl.data import Record
+from pyvdl.filters import Filters
+from pyvdl.generate import Samples, generate
 from pyvdl.models.vlm import VLM
 from pyvdl.rows import CaptionRow
 from pyvdl.text import CAPTION_PROMPT, WordTokenizer
+from pyvdl.video import sample_clip
 from tests.clips import write_clips
 from tests.models import tiny_vlm
 
@@ -88,6 +91,26 @@ def test_the_seed_draws_other_captions_and_greedy_has_none(
     assert all(len(set(row.captions)) == 1 for row in first)
 
 
+def test_each_caption_has_the_log_probability_and_length_it_was_drawn_with(
+    model: VLM, tokenizer: WordTokenizer, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [record for i, record in enumerate(records) if i != BAD]
+    drawn: list[Samples] = []
+
+    def noted(*arguments: Any, **options: Any) -> Samples:
+        drawn.append(generate(*arguments, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(caption, "generate", noted)
+    rows = run(model, tokenizer, good)
+    tokens, log_probs, lengths = (np.concatenate(list(map(np.asarray, x))) for x in zip(*drawn))
+    assert [row.captions for row in rows] == [[tokenizer.decode(text) for text in texts] for texts in tokens]
+    np.testing.assert_array_equal([row.log_probs for row in rows], log_probs)
+    means = log_probs / lengths
+    kept = run(model, tokenizer, good, filters=Filters(min_log_prob=float(np.median(means))))
+    assert [len(row.captions) for row in kept] == (means >= np.median(means)).sum(axis=1).tolist()
+
+
 def test_a_batch_of_bad_clips_costs_no_generation(
     model: VLM, tokenizer: WordTokenizer, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,12 +137,24 @@ def test_clip_batches_have_one_shape_and_mark_their_padding(records: list[Record
     assert np.concatenate([batch.ok for batch in batches]).tolist() == [True, True, False, True, True, False]
 
 
+def test_a_clip_is_its_segment_of_the_video(records: list[Record]) -> None:
+    windows = [{"start_seconds": 0.3, "end_seconds": 0.6}, {"start_seconds": 0.5, "end_seconds": None}]
+    found = [dataclasses.replace(records[0], key=str(window), **window) for window in windows]
+    (batch,) = clip_batches(found, clip=CLIP, batch_size=2, num_threads=1, prefetch=0)
+    for clip, window in zip(batch.data, windows, strict=True):
+        wanted = sample_clip(records[0].video, **dataclasses.asdict(CLIP), **window)
+        np.testing.assert_array_equal(clip, wanted.data)
+
+
 def test_clip_seeds_follow_from_key_times_and_seed() -> None:
     record = Record(key="a", video="x.mp4")
     assert clip_seed(record, 0) == clip_seed(Record(key="a", video="moved/x.mp4"), 0)
-    others = [dataclasses.replace(record, key="b"), dataclasses.replace(record, start_seconds=1.0)]
+    others = [
+        dataclasses.replace(record, **changes)
+        for changes in ({"key": "b"}, {"start_seconds": 1.0}, {"end_seconds": 1.0})
+    ]
     seeds = {clip_seed(record, 0), clip_seed(record, 1), *(clip_seed(other, 0) for other in others)}
-    assert len(seeds) == 4
+    assert len(seeds) == 5
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 

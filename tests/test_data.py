@@ -143,23 +143,30 @@ def test_an_epoch_has_every_record_once_in_an_order_of_its_own() -> None:
 
 
 def test_a_mixture_draws_from_each_set_by_its_weight() -> None:
-    """Of 2 and 8 records, as many rows from each: the small set goes through four epochs while the large has one."""
-    batches = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
-    rows = [int(i) for batch in take(batches, 4) for i in batch["index"]]
+    """Of 2 and 8 records a quarter and the rest: the small set goes through four epochs, the large through three."""
+    mixture = [(2, 1.0), (8, 3.0)]
+    rows = [int(i) for batch in take(text_only(10, mixture=mixture), 8) for i in batch["index"]]
     small, large = [i for i in rows if i < 2], [i for i in rows if i >= 2]
-    assert abs(len(small) - len(large)) <= 1
+    assert abs(3 * len(small) - len(large)) <= 3
     assert all(sorted(small[i : i + 2]) == [0, 1] for i in range(0, len(small) - 1, 2))
-    assert sorted(large[:8]) == list(range(2, 10))
-    again = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
+    assert all(sorted(large[i : i + 8]) == list(range(2, 10)) for i in range(0, len(large) - 7, 8))
+    again = text_only(10, mixture=mixture)
     take(again, 1)
     state = again.get_state()
-    rest = text_only(10, mixture=[(2, 1.0), (8, 1.0)])
+    rest = text_only(10, mixture=mixture)
     rest.set_state(state)
-    assert [int(i) for batch in take(rest, 3) for i in batch["index"]] == rows[len(rows) // 4 :]
-    with pytest.raises(ValueError, match="the saved position is one of"):
-        text_only(10, mixture=[(5, 1.0), (5, 1.0)]).set_state(state)
+    assert [int(i) for batch in take(rest, 7) for i in batch["index"]] == rows[4:]
+    for other in ([(5, 1.0), (5, 1.0)], None):
+        with pytest.raises(ValueError, match="the saved position is one of"):
+            text_only(10, mixture=other).set_state(state)
     with pytest.raises(ValueError, match="expected all 10 records"):
         text_only(10, mixture=[(2, 1.0), (2, 1.0)])
+
+
+def test_sets_of_a_mixture_have_orders_of_their_own() -> None:
+    """Two sets of the same clips, with other captions, do not go side by side."""
+    rows = [int(i) for batch in take(text_only(16, mixture=[(8, 1.0), (8, 1.0)]), 8) for i in batch["index"]]
+    assert [i for i in rows if i < 8] != [i - 8 for i in rows if i >= 8]
 
 
 def test_arrays_belong_to_their_record_and_change_with_the_epoch() -> None:

@@ -341,6 +341,9 @@ def test_inflation(class_token: bool) -> None:
     assert np.abs(apply(random, "encode_video", still) - apply(zero, "encode_video", still)).max() > 1e-4
     text = np.array([[5, 6, 1]])
     np.testing.assert_array_equal(apply(random, "encode_text", text), apply(image_model, "encode_text", text))
+    image_model.vision.position[...] *= 0.01  # as small as in public checkpoints
+    small = inflate(image_model, 3, rngs=nnx.Rngs(1)).vision
+    np.testing.assert_allclose(jnp.std(small.temporal[...]), jnp.std(small.position[...]), rtol=1e-4)
     # The inflated model has arrays of its own: training it may donate them.
     mine, theirs = (jax.tree.leaves(nnx.state(m)) for m in (random, image_model))
     assert not {x.unsafe_buffer_pointer() for x in mine} & {x.unsafe_buffer_pointer() for x in theirs}
