@@ -214,12 +214,15 @@ def test_the_settings_name_the_kind_of_language_model(tmp_path: Path) -> None:
 
 
 def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    (tmp_path / ".model.new").mkdir()
+    (tmp_path / ".model.new" / "left").write_text("by a process that was killed")
     for seed in (1, 2):
         model = vlm(seed)
         save_model(tmp_path / "model", model, model.config, TOKENIZER)
         if seed == 1:  # as a process leaves it that is killed before it has deleted what it replaced
             shutil.copytree(tmp_path / "model", tmp_path / ".model.old")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "params", "tokenizer.json"}
     assert_same(nnx.state(load_model(tmp_path / "model")[0]), nnx.state(vlm(2)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from pyvdl.config import ClipConfig
 from pyvdl.data import Batches, Question, Record, read_manifest, write_manifest
+from pyvdl.video import sample_clip
 
 CLIP = ClipConfig(num_frames=2, sampling="random", short_side=24, size=16, crop="random", scale_jitter=(0.9, 1.1))
 
@@ -321,6 +323,17 @@ def test_clips_belong_to_their_records_and_failures_are_told(manifest: list[Reco
     assert seen == Counter({i: 4 for i in range(6)})
     assert batches.failed_clips == 8
     assert batches.wait_seconds > 0
+    batches.close()
+
+
+def test_a_clip_is_its_segment_of_the_video(manifest: list[Record]) -> None:
+    windows = [{"start_seconds": 0.3, "end_seconds": 0.7}, {"start_seconds": 0.5, "end_seconds": None}]
+    found = [dataclasses.replace(manifest[0], key=str(window), **window) for window in windows]
+    clip = ClipConfig(num_frames=2, sampling="uniform", short_side=24, size=16)
+    batches = Batches(found, encode=lambda *_: {}, clip=clip, batch_size=2, seed=0, shuffle=False)
+    for video, window in zip(next(batches)["video"], windows, strict=True):
+        wanted = sample_clip(manifest[0].video, **dataclasses.asdict(clip), **window)
+        np.testing.assert_array_equal(video, wanted.data)
     batches.close()
 
 

@@ -202,7 +202,7 @@ void test_random_views() {
   plan.crop = Crop::random;
   plan.flip = true;
   plan.scale_jitter = {0.8, 1.25};
-  int mirrored = 0;
+  int mirrored = 0, low_x = 0, high_x = 0, low_y = 0, high_y = 0;
   bool independent = false;
   for (uint64_t seed = 0; seed < 400; ++seed) {
     plan.seed = seed;
@@ -211,12 +211,18 @@ void test_random_views() {
     expect(view.resized_width >= 160 && view.resized_width <= 250, "width jitter", __LINE__);
     expect(view.x >= 0 && view.x + 96 <= view.resized_width, "x inside", __LINE__);
     expect(view.y >= 0 && view.y + 96 <= view.resized_height, "y inside", __LINE__);
+    const int free_x = view.resized_width - 96, free_y = view.resized_height - 96;
+    low_x += 4 * view.x < free_x, high_x += 4 * view.x > 3 * free_x;
+    low_y += 4 * view.y < free_y, high_y += 4 * view.y > 3 * free_y;
     independent |= std::abs(view.resized_width - 2 * view.resized_height) > 40;
     mirrored += view.mirrored;
     expect(plan_view(200, 100, plan) == view, "the seed decides", __LINE__);
   }
   expect(independent, "height and width are scaled by independent factors", __LINE__);
   expect(mirrored > 150 && mirrored < 250, "about half are mirrored", __LINE__);
+  for (const int count : {low_x, high_x, low_y, high_y}) {
+    expect(count > 60 && count < 140, "about a quarter are cut from each edge", __LINE__);
+  }
 }
 
 // --- packets ---
