@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True, "q_offset": 128},
     "lengths": {"kv_lengths": jnp.array([200, 0])},
     "window": {"window": 100, "causal": True},
+    "window, offset": {"window": 100, "causal": True, "q_offset": 128},
     "both sides": {"window": 64},
     "softcap": {"softcap": 5.0, "causal": True},
 }
@@ -53,6 +54,7 @@ def test_splash_agrees_with_the_definition(name: str, queries: int, keys: int, m
     [
         ((1, 0, 1, 64), {}, "empty"),
         ((1, 128, 1, 64), {"causal": True, "prefix_lengths": jnp.zeros(1, jnp.int32)}, "prefix_lengths"),
+        ((1, 128, 1, 64), {"bias": jnp.zeros((1, 1, 128, 128))}, "bias"),
         ((1, 128, 1, 64), {"q_offset": jnp.int32(0)}, "Python int"),
     ],
 )
@@ -68,7 +70,11 @@ def test_splash_refuses_what_it_does_not_take(shape: tuple[int, ...], options: d
     [
         ("float32", 64, {}, "bfloat16 and float16"),
         ("bfloat16", 60, {}, "multiples of 8"),
+        ("bfloat16", 136, {}, "multiples of 8 up to 128, not 136"),
         ("bfloat16", 64, {"softcap": 3.0}, "softcap"),
+        ("bfloat16", 64, {"bias": jnp.zeros((1, 1, 8, 8))}, "take bias"),
+        ("bfloat16", 64, {"distance_bias": jnp.zeros((1, 3))}, "distance_bias"),
+        ("bfloat16", 64, {"causal": True, "prefix_lengths": jnp.array([3])}, "prefix_lengths"),
         ("bfloat16", 64, {"causal": True, "window": 3, "kv_lengths": jnp.array([3])}, "window"),
         ("bfloat16", 64, {"window": 3}, "window"),
         ("bfloat16", 64, {"causal": True, "q_offset": 2}, "q_offset"),
@@ -78,6 +84,12 @@ def test_cudnn_refuses_what_it_does_not_take(dtype: str, head_dim: int, options:
     x = jnp.zeros((1, 8, 1, head_dim), dtype)
     with pytest.raises(NotImplementedError, match=reason):
         attention(x, x, x, implementation="cudnn", **options)
+
+
+def test_cudnn_is_causal_from_the_first_query_only() -> None:
+    q, k = (jnp.zeros((1, length, 1, 64), jnp.bfloat16) for length in (4, 8))
+    with pytest.raises(NotImplementedError, match="as many queries as keys, not 4 and 8"):
+        attention(q, k, k, implementation="cudnn", causal=True)
 
 
 @pytest.fixture
@@ -107,6 +119,15 @@ def test_odd_lengths_for_cudnn_are_padded_and_cut(
         wide = (x.astype(jnp.float32) for x in (q, k, v))
         np.testing.assert_allclose(got.astype(jnp.float32), reference.space_time_attention(*wide, **options), atol=2e-2)
     assert all(shape[1] % 2 == 0 for shape in cudnn_calls)
+
+
+def test_a_window_for_cudnn_is_as_long_as_ours(cudnn_calls: list[tuple[int, ...]]) -> None:
+    q, k, v = (normal(seed, 2, 9, 2, 8).astype(jnp.bfloat16) for seed in range(3))
+    options: dict[str, Any] = {"causal": True, "window": 3}
+    got = attention(q, k, v, implementation="cudnn", **options).astype(jnp.float32)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    np.testing.assert_allclose(got, attention(*wide, implementation="reference", **options), atol=2e-2)
+    assert cudnn_calls
 
 
 @pytest.mark.parametrize("pads", [True, False])

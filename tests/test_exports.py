@@ -135,6 +135,7 @@ def test_an_archive_of_embeddings_is_made_in_little_more_than_its_memory(tmp_pat
             for record in job.work(shard)
         ]
         job.finish(shard, rows)
+    assert job.embeddings(0)[1].dtype == np.float32
     tracemalloc.start()
     path = export(tmp_path, "npz")
     _, peak = tracemalloc.get_traced_memory()

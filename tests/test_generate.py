@@ -301,7 +301,9 @@ def test_enough_beams_find_the_best_of_all_texts(clips: tuple[Any, Any]) -> None
     np.testing.assert_array_equal(out.lengths[0], lengths[best])
 
 
-def plain_beam_search(model: VLM, video: Any, prompt: Any, beams: int, length: int) -> list[tuple[float, list[int]]]:
+def plain_beam_search(
+    model: VLM, video: Any, prompt: Any, beams: int, length: int, ends: tuple[int, ...], ngram: int
+) -> list[tuple[float, list[int]]]:
     """One clip, step by step over whole texts: (mean log-probability of a token, text), the best first."""
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     finished: list[tuple[float, list[int]]] = []
@@ -310,21 +312,31 @@ def plain_beam_search(model: VLM, video: Any, prompt: Any, beams: int, length: i
         for i, (_, text) in enumerate(live):
             tokens[0, i, :step] = text
         log_probs = np.asarray(jax.nn.log_softmax(full_pass(model, video, prompt, tokens)))[0, :, step]
-        options = [(s + float(log_probs[i, t]), [*text, t]) for i, (s, text) in enumerate(live) for t in range(20)]
-        options = sorted(options, reverse=True)[: 2 * beams]
+        options = [
+            (s + float(log_probs[i, t]), [*text, t])
+            for i, (s, text) in enumerate(live)
+            for t in range(VOCABULARY)
+            if not ngram or (*text, t)[-ngram:] not in set(zip(*(text[k:] for k in range(ngram))))
+        ]
+        options = sorted(options, reverse=True)[: (1 + len(ends)) * beams]
         last = step + 1 == length
-        finished += [(s / (step + 1), text) for s, text in options[:beams] if text[-1] == 1 or last]
+        finished += [(s / (step + 1), text) for s, text in options[:beams] if text[-1] in ends or last]
         finished = sorted(finished, reverse=True)[:beams]
-        live = [(s, text) for s, text in options if text[-1] != 1][:beams]
+        live = [(s, text) for s, text in options if text[-1] not in ends][:beams]
         if len(finished) == beams and live[0][0] / (step + 1) <= finished[-1][0]:
             break
     return finished
 
 
-def test_beams_are_those_of_a_plain_search(model: VLM, clips: tuple[Any, Any]) -> None:
-    out = generate(model, *clips, num_beams=3, num_samples=3, max_length=8)
+@pytest.mark.parametrize(("ends", "ngram"), [((1,), 0), ((1, 3, 7, 9, 12, 15), 2)])
+def test_beams_are_those_of_a_plain_search(
+    model: VLM, clips: tuple[Any, Any], ends: tuple[int, ...], ngram: int
+) -> None:
+    options: dict[str, Any] = {"num_beams": 3, "num_samples": 3, "max_length": 8}
+    out = generate(model, *clips, **options, end_ids=ends, no_repeat_ngram=ngram)
     for clip in range(4):
-        wanted = plain_beam_search(model, clips[0][clip : clip + 1], clips[1][clip : clip + 1], 3, 8)
+        one = clips[0][clip : clip + 1], clips[1][clip : clip + 1]
+        wanted = plain_beam_search(model, *one, 3, 8, ends, ngram)
         for beam, (mean, text) in enumerate(wanted):
             length = int(out.lengths[clip, beam])
             assert np.asarray(out.tokens)[clip, beam].tolist() == text + [0] * (8 - len(text))

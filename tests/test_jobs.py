@@ -61,7 +61,7 @@ def row(record: Record) -> CaptionRow:
 
 
 def test_every_clip_is_in_one_shard_and_files_stay_together(tmp_path: Path) -> None:
-    records = clips()
+    records = [dataclasses.replace(r, key=f"{r.key[:-1]}{9 - int(r.start_seconds)}") for r in clips()]  # not by keys
     job = begin(tmp_path, iter(records))
     lists = [job.work(shard) for shard in range(job.shards)]
     assert [len(work) for work in lists] == [8] * 7 + [4] == [job.size(shard) for shard in range(8)]
@@ -137,6 +137,11 @@ def test_all_of_a_record_comes_back(tmp_path: Path) -> None:
         "views": "int",
         "when": "json",
     }
+
+
+def test_a_column_is_as_wide_as_all_clips_need(tmp_path: Path) -> None:
+    records = [Record(key=str(i), video="/v/a.mp4", extra={"x": value}) for i, value in enumerate((1, None, 0.5, 2))]
+    assert begin(tmp_path, records).columns == {"x": "float"}
 
 
 def test_what_was_carried_once_is_carried_again() -> None:

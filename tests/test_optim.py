@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from pyvdl.config import OptimConfig
+from pyvdl.models.layers import Stack
 from pyvdl.optim import make_optimizer, make_schedule
 
 PLAIN = OptimConfig(peak_learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
@@ -55,18 +57,17 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
 
 
 def test_adafactor_is_factored_rms_with_a_capped_decay() -> None:
-    """Second moments by row and column with decay min(b2, 1 - t**-0.8); no parameter scale, no momentum."""
+    """Second moments by row and column with decay min(b2, 1 - t**-0.6); no parameter scale, no momentum."""
     rng = np.random.default_rng(0)
     shape, rate, cap = (40, 64), 0.1, 0.5
     gradients = [rng.normal(size=shape).astype(np.float32) for _ in range(6)]
     params = {"w": jnp.full(shape, 7.0), "b": jnp.zeros(5)}
     small = [rng.normal(size=5).astype(np.float32) for _ in gradients]
-    got = updates(
-        dataclasses.replace(PLAIN, b2=cap), params, [{"w": w, "b": b} for w, b in zip(gradients, small)], len(gradients)
-    )
+    config = dataclasses.replace(PLAIN, b2=cap, decay_exponent=0.6)
+    got = updates(config, params, [{"w": w, "b": b} for w, b in zip(gradients, small)], len(gradients))
     rows, columns, plain = np.zeros(40), np.zeros(64), np.zeros(5)
     for t, (gradient, vector, change) in enumerate(zip(gradients, small, got), 1):
-        decay = min(cap, 1 - t**-0.8)
+        decay = min(cap, 1 - t**-0.6)
         square = gradient.astype(np.float64) ** 2
         rows = decay * rows + (1 - decay) * square.mean(1)
         columns = decay * columns + (1 - decay) * square.mean(0)
@@ -104,8 +105,27 @@ def test_adamw_decays_matrices_only() -> None:
     np.testing.assert_allclose(got["dense"]["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-6)
     for part in (got["dense"]["bias"], got["norm"]["scale"], got["stacked"]["bias"], got["logit_scale"]):
         assert not np.any(part)
-    first = updates(dataclasses.replace(config, weight_decay=0.0), {"w": jnp.zeros(2)}, [{"w": jnp.array([5.0, -0.1])}])
-    np.testing.assert_allclose(first[0]["w"], [-0.1, 0.1], rtol=1e-4)  # bias-corrected: the sign of the gradient
+
+
+def test_adamw_has_moments_of_its_own_rates() -> None:
+    config = dataclasses.replace(PLAIN, name="adamw", b1=0.9, b2=0.5)
+    got = updates(config, {"w": jnp.zeros(2)}, [{"w": jnp.array([5.0, -0.1])}, {"w": jnp.array([1.0, 0.2])}])
+    np.testing.assert_allclose(got[0]["w"], [-0.1, 0.1], rtol=1e-4)  # bias-corrected: the sign of the gradient
+    first, second = np.array([5.0, -0.1]), np.array([1.0, 0.2])
+    mean = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+    square = (0.5 * 0.5 * first**2 + 0.5 * second**2) / (1 - 0.5**2)
+    np.testing.assert_allclose(got[1]["w"], -0.1 * mean / np.sqrt(square), rtol=1e-4)
+
+
+def test_biases_of_stacked_layers_do_not_decay() -> None:
+    """In the state of a model, where names end otherwise than in a plain tree."""
+    stack = Stack(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, rngs=nnx.Rngs(0))
+    params = jax.tree.map(jnp.ones_like, nnx.state(stack, nnx.Param))
+    config = dataclasses.replace(PLAIN, name="adamw", weight_decay=0.5)
+    got = updates(config, params, [jax.tree.map(jnp.zeros_like, params)])[0]
+    np.testing.assert_allclose(got.blocks.kernel[...], -0.1 * 0.5, rtol=1e-6)
+    assert got.blocks.bias[...].shape == (2, 3)
+    assert not np.any(got.blocks.bias[...])
 
 
 def test_the_global_norm_is_clipped() -> None:

@@ -87,8 +87,9 @@ def test_files_of_a_job_have_one_schema_and_count_their_failures(tmp_path: Path)
     schemas = [pyarrow.parquet.read_schema(path) for path in sorted(tmp_path.iterdir())]
     assert schemas[0].equals(schemas[1])
     assert schemas[0].names == [*CaptionRow.names(), "views", "box"]
-    counts = count_shard(Folder(tmp_path), shard_name(0, 2, "parquet"))
-    counts += count_shard(Folder(tmp_path), shard_name(1, 2, "parquet"))
+    counts = Counts()
+    for number in range(2):
+        counts += count_shard(Folder(tmp_path), shard_name(number, 2, "parquet"))
     assert counts == Counts(2, Counter({"open": 1}), Counter({"keep_best": 1}), 1)
     assert [found.extra for found in read_captions(tmp_path)][1] == {"views": 1, "box": [1, {}]}
 
@@ -135,6 +136,15 @@ def test_a_folder_that_lacks_shards_is_no_whole_job(tmp_path: Path) -> None:
         (tmp_path / shard_name(number, 3, "jsonl")).write_bytes(encode_shard([row(str(number))], "jsonl", {}))
     with pytest.raises(ValueError, match="holds 2 caption shards, no whole job"):
         list(read_captions(tmp_path))
+    (tmp_path / shard_name(1, 2, "jsonl")).write_bytes(encode_shard([row("1")], "jsonl", {}))  # of another job
+    with pytest.raises(ValueError, match="holds 3 caption shards, no whole job"):
+        list(read_captions(tmp_path))
+
+
+def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / shard_name(number, 12, "jsonl")).write_bytes(encode_shard([row(str(number))], "jsonl", {}))
+    assert [found.key for found in read_captions(tmp_path)] == list(map(str, range(12)))
 
 
 def test_a_key_with_two_rows_is_refused() -> None:

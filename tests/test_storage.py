@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before\n")]
 
 
+def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Path, target: Path) -> None:
+        assert target.read_bytes() == b"before"
+        raise OSError(5, "Input/output error")
+
+    Folder(tmp_path).write("file", b"before")
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        Folder(tmp_path).write("file", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/dev/full"))
@@ -179,3 +192,21 @@ def test_a_lock_that_stands_still_in_an_object_store_is_free(monkeypatch: pytest
     with hold(folder):
         pass
     assert folder.names() == []
+
+
+def test_a_lock_outlasts_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.02)
+    write, beats = Folder.write, []
+
+    def away(self: Folder, name: str, data: bytes) -> None:
+        beats.append(name)
+        if len(beats) == 2:
+            raise OSError("the store is away")
+        write(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", away)
+    until = time.monotonic() + 10
+    with hold(Folder(f"memory://{uuid.uuid4().hex}")):
+        while len(beats) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.01)
