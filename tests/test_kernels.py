@@ -110,6 +110,8 @@ def test_the_class_token_carries_news_between_frames_in_two_layers_only() -> Non
 def test_one_frame_or_one_patch_makes_modes_agree() -> None:
     q, k, v = (jnp.asarray(normal(i, 2, 6, 2, 4), jnp.float32) for i in range(3))
     joint = space_time_attention(q, k, v, frames=1, mode="joint", class_tokens=0)
+    scaled = space_time_attention(q, k, v, frames=1, mode="joint", class_tokens=0, scale=0.5)  # by default 4 ** -0.5
+    np.testing.assert_allclose(scaled, joint, atol=1e-6)
     np.testing.assert_allclose(space_time_attention(q, k, v, frames=1, mode="space", class_tokens=0), joint, atol=1e-6)
     np.testing.assert_allclose(space_time_attention(q, k, v, frames=6, mode="time", class_tokens=0), joint, atol=1e-6)
     alone = space_time_attention(q, k, v, frames=1, mode="time", class_tokens=0)

@@ -264,18 +264,20 @@ def test_frames_come_out_upright(clip: Path, matrix: tuple[int, int, int, int], 
     assert np.array_equal(cut.data[0], wanted[y : y + 48, x : x + 48])
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p"])
 @pytest.mark.parametrize(("matrix", "full_range"), [("bt709", False), ("smpte170m", False), ("bt709", True)])
-def test_colours_follow_matrix_and_range(folder: Path, matrix: str, full_range: bool) -> None:
-    path = folder / f"{matrix}-{full_range}.mkv"
+def test_colours_follow_matrix_and_range(folder: Path, matrix: str, full_range: bool, pix_fmt: str) -> None:
+    path = folder / f"{matrix}-{full_range}-{pix_fmt}.mkv"
     y, u, v = 100, 90, 180
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"qp": "0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
         stream.codec_context.colorspace = {"bt709": 1, "smpte170m": 6}[matrix]  # numbers of ITU-T H.273
         stream.codec_context.color_range = 2 if full_range else 1
-        planes = np.full((72, 64), y, np.uint8)
-        planes[48:60], planes[60:] = u, v
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
+        samples = [64 * 48, *([32 * 24] if pix_fmt == "yuv420p" else [64 * 48]) * 2]
+        frame = np.repeat(np.array([y, u, v], np.uint8), samples)
+        frame = frame.reshape(-1, 64) if pix_fmt == "yuv420p" else frame.reshape(3, 48, 64)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=pix_fmt)))
         container.mux(stream.encode())
     kr, kb = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114)}[matrix]
     luma = y / 255 if full_range else (y - 16) / 219
