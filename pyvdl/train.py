@@ -224,7 +224,7 @@ def vlm_loss(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     weights = ((target != PAD_ID) & ok[:, None]).astype(jnp.float32)
     tokens = weights.sum()
     count = jnp.maximum(tokens, 1.0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     correct = (jnp.argmax(logits, axis=-1) == target) * weights
     scalars = {"token_accuracy": correct.sum() / count, FAILED_SHARE: _failed_share(ok), WEIGHT: tokens}
     return (losses * weights).sum() / count, scalars

@@ -241,6 +241,7 @@ def rotated(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le"])
 @pytest.mark.parametrize(
     ("matrix", "turn", "rotation"),
     [
@@ -250,7 +251,11 @@ def rotated(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
         ((-1, 0, 0, 1), lambda f: f[:, ::-1], 0),
     ],
 )
-def test_frames_come_out_upright(clip: Path, matrix: tuple[int, int, int, int], turn: object, rotation: int) -> None:
+def test_frames_come_out_upright(
+    folder: Path, matrix: tuple[int, int, int, int], turn: object, rotation: int, pix_fmt: str
+) -> None:
+    clip = folder / f"upright-{pix_fmt}.mp4"
+    write_clip(clip, num_frames=NUM_FRAMES, size=(96, 64), fps=25, pix_fmt=pix_fmt)
     plain = VideoDecoder(clip)
     turned = VideoDecoder(rotated(clip.read_bytes(), matrix))
     wanted = turn(plain[3])  # type: ignore[operator]
