@@ -121,8 +121,10 @@ def test_blocks_hold_what_failed_behind_everything() -> None:
     videos = np.eye(4, dtype=np.float32)
     videos[[1, 2]] = np.nan
     found = count_ahead_in_blocks(np.eye(4, dtype=np.float32), videos)
+    several = count_ahead_in_blocks(videos, np.eye(4, dtype=np.float32)[[0, 1, 1, 2, 3]], None, [0, 1, 1, 2, 3])
     for ties in ("strict", "loose", "expected"):
         assert rank(found, ties=ties).ranks.tolist() == [1, 4, 4, 1]
+        assert rank(several, ties=ties).ranks.tolist() == [1, 4, 5, 1]  # behind all that are of other groups
     with pytest.raises(ValueError, match="group 9: no candidate"):
         count_ahead_in_blocks(videos, videos, [0, 1, 2, 9])
     with pytest.raises(ValueError, match=r"queries \(4, 4\), candidates \(4, 3\)"):
@@ -335,6 +337,15 @@ def test_answers_are_scored_raw_and_normalised() -> None:
     assert scores.by_family == {"short": 50, "temporal": 0}
     assert scores.exact_match_normalised <= scores.wups <= 100
     assert set(scores.intervals) == {"exact_match", "exact_match_normalised", "wups"}
+
+
+def test_questions_of_one_clip_are_drawn_together() -> None:
+    answers = ["left"] * 40
+    said = ["left", "right"] * 20
+    apart = [score_answers(said, answers, [None] * 40, owner) for owner in (np.arange(40), np.arange(40) % 4)]
+    for name in ("exact_match", "exact_match_normalised", "wups"):
+        widths = [np.subtract(*scores.intervals[name][::-1]) for scores in apart]
+        assert widths[1] > 2 * widths[0] > 0, "four clips say less than forty"
 
 
 def test_any_answer_of_a_question_is_right_and_families_may_be_unknown() -> None:

@@ -42,6 +42,7 @@ ANSWERS = [
     {"key": "a", "question": 0, "prediction": "Two", "references": ["two", "2"], "type": "DC"},
     {"key": "a", "question": 1, "prediction": "a cat", "references": ["the dog"], "type": "TP"},
     {"key": "b", "question": 0, "prediction": "", "references": ["dog"], "type": "CW", "error": "no frames"},
+    {"key": "b", "question": 1, "prediction": "three", "references": ["two"], "type": "DC"},
 ]
 
 
@@ -56,12 +57,12 @@ def test_predictions_with_references_need_nothing_else(run: Run, tmp_path: Path)
     assert run("--predictions", write_lines(tmp_path / "q.jsonl", ANSWERS), "--out", out)[0] == 0
     found = scores_of(out)
     assert found["exact match"] == 0
-    assert found["exact match, lower and strip"] == pytest.approx(100 / 3)
+    assert found["exact match, lower and strip"] == pytest.approx(100 / 4)
     # By NExT-OE's rules a count is right or wrong, and TP counts as TN; cat and dog have 24 / 28.
-    assert found["WUPS"] == pytest.approx(100 * (1 + 24 / 28) / 3)
-    assert found["WUPS at 0.9"] == pytest.approx(100 * (1 + 0.1 * 24 / 28) / 3)
-    assert (found["WUPS, DC"], found["WUPS, CW"], found["WUPS, TN"]) == (100, 0, pytest.approx(100 * 24 / 28))
-    assert json.loads(out.read_text())["results"][0]["counts"] == {"clips": 2, "questions": 3, "failed": 1}
+    assert found["WUPS"] == pytest.approx(100 * (1 + 24 / 28) / 4)
+    assert found["WUPS at 0.9"] == pytest.approx(100 * (1 + 0.1 * 24 / 28) / 4)
+    assert (found["WUPS, DC"], found["WUPS, CW"], found["WUPS, TN"]) == (50, 0, pytest.approx(100 * 24 / 28))
+    assert json.loads(out.read_text())["results"][0]["counts"] == {"clips": 2, "questions": 4, "failed": 1}
 
 
 def test_arrays_need_no_annotations(run: Run, tmp_path: Path) -> None:
