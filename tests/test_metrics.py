@@ -580,6 +580,13 @@ def test_clusters_widen_the_interval_as_their_number_says() -> None:
     assert np.subtract(*by_function) == pytest.approx(clustered, rel=0.2)
 
 
+def test_the_mean_over_clusters_of_several_sizes_is_that_of_their_items() -> None:
+    values, clusters = np.repeat([1.0, 0.0], [90, 10]), np.concatenate([np.repeat(np.arange(10), 9), np.arange(10, 20)])
+    for statistic in (None, np.mean):
+        low, high = bootstrap_interval(values, clusters=clusters, statistic=statistic, resamples=500)
+        assert 0.75 < low < 0.9 < high < 1
+
+
 def test_paired_difference() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)
