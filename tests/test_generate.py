@@ -206,23 +206,29 @@ def test_bans_of_repeats(ngram: int) -> None:
     assert not np.isneginf(ban_repeats(jnp.zeros((2, 3, 4)), jnp.asarray(tokens[:, :, :2]), jnp.int32(2), 3)).any()
 
 
-def test_it_stops_when_all_texts_have_ended(t5: VLM, clips: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("beams", "last"), [(1, [[2, 1], [0, 0], [1, 3], [2, 2]]), (2, [[2, 2], [1, 1], [1, 1], [2, 2]])]
+)
+def test_it_stops_when_all_texts_have_ended(
+    t5: VLM, clips: tuple[Any, Any], beams: int, last: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last: where each text is made to end."""
     steps = []
     step = T5.step
-    last = jnp.asarray([[2, 1], [0, 0], [1, 3], [2, 2]])  # where each text is made to end
 
     def forced(self: T5, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         jax.debug.callback(lambda position: steps.append(int(position)), cache.position)
         logits, after = step(self, ids, cache)
-        end = (last == cache.position)[..., None] & (jnp.arange(VOCABULARY) == 1)
+        end = (jnp.asarray(last) == cache.position)[..., None] & (jnp.arange(VOCABULARY) == 1)
         return jnp.where(end, 50.0, logits.at[..., 1].set(-50.0)), after
 
     monkeypatch.setattr(T5, "step", forced)
-    out = generate(t5, *clips, num_samples=2, max_length=LENGTH + 1, temperature=0)  # a length no other test compiles
+    options: dict[str, Any] = {"num_samples": 2, "num_beams": beams, "temperature": 0}
+    out = generate(t5, *clips, **options, max_length=LENGTH + 1)  # a length no other test compiles
     jax.effects_barrier()
-    np.testing.assert_array_equal(out.lengths, last + 1)
+    np.testing.assert_array_equal(out.lengths, np.asarray(last) + 1)
     check_shape_of_texts(out.tokens, out.lengths)
-    assert sorted(steps) == [0, 1, 2, 3]
+    assert sorted(steps) == list(range(np.max(last) + 1))
 
 
 def test_text_alone(t5: VLM, clips: tuple[Any, Any]) -> None:
