@@ -33,7 +33,7 @@ from pyvdl.flops import PEAK_FLOPS
 from pyvdl.log import Log, sentence
 from pyvdl.models.layers import Stack
 from pyvdl.sharding import make_mesh, put_batch
-from pyvdl.step import begin, make_step, shapes, split
+from pyvdl.step import PairedLoss, begin, make_step, shapes, split
 from pyvdl.train import History, _time_of, check_settings, contrastive_loss_fn, fit, vlm_loss
 
 CONFIG = TrainConfig(
@@ -291,6 +291,37 @@ def test_layers_are_unrolled_as_the_settings_say(unroll: bool | None) -> None:
         step = make_step(graph, loss, config, mesh)
         text = str(jax.make_jaxpr(step)(*begin(model, config, mesh), {"x": jnp.ones((2, 6))}))
     assert set(re.findall(r"unroll=(\d+)", text)) == {"5" if unroll else "1"}
+
+
+def test_pairs_in_parts_give_the_gradients_of_the_whole_batch() -> None:
+    """Of what embeds the rows, and of the number that multiplies their products."""
+
+    class Pairs(nnx.Module):
+        def __init__(self) -> None:
+            self.matrix = nnx.Param(jnp.eye(6))
+            self.scale = nnx.Param(jnp.asarray(2.0))
+
+    def embed(model: Pairs, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+        return (batch["x"] @ model.matrix[...], batch["y"]), model.scale[...]
+
+    def compare(rows: Any, scale: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        scores = scale * rows[0] @ rows[1].T
+        return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores)), {}
+
+    x, y = (jnp.asarray(np.random.default_rng(seed).normal(size=(8, 6)), jnp.float32) for seed in (0, 1))
+    optim = OptimConfig(name="sgd", b1=0.0, peak_learning_rate=1.0, warmup_steps=0, schedule="constant", clip_norm=None)
+    mesh, found = make_mesh(), []
+    for accumulate in (1, 2, 4):
+        config = TrainConfig(steps=1, batch_size=8, optim=optim, accumulate=accumulate)
+        model = Pairs()
+        graph, *_ = split(model, config.trainable)
+        with jax.set_mesh(mesh):
+            step = make_step(graph, PairedLoss(embed, compare), config, mesh)
+            params, *_ = step(*begin(model, config, mesh), {"x": x, "y": y})
+        found.append(params)
+    assert abs(float(found[0].scale[...]) - 2) > 0.1
+    for parts in found[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, found[0])
 
 
 class Many(nnx.Module):
