@@ -34,6 +34,14 @@ def test_a_narrative_becomes_questions_of_all_families() -> None:
     }
 
 
+def test_deeds_follow_each_other_whoever_is_told_of_first() -> None:
+    found = pairs(
+        "<blue ring> a blue ring, then it spins. <red star> a red star, first it slides right, then it spins."
+    )
+    assert found["what happens after the red star slides right?"] == "the blue ring spins"
+    assert "what is spinning?" not in found  # two are
+
+
 def test_a_consequence_undone_later_is_not_asked_for() -> None:
     text = "<red disc> a red disc is in the middle, first it vanishes slowly, then it appears slowly."
     assert not any(question.startswith("why") for question in pairs(text))

@@ -101,7 +101,10 @@ def test_replies_as_asked_for_are_read_back(made: list[tuple[list[str], list[str
 
 CAPTION = "<Man> A tall man in a red coat walks to the table, picks up a cup and drinks from it. <Dog> A dog barks."
 SHORT = make_prompt(
-    Record(key="a", video="v", captions=(CAPTION, "a man drinks some tea")), "short", load_templates()["short"], 0
+    Record(key="a", video="v", captions=(CAPTION, "a man drinks some tea", "a dog")),
+    "short",
+    load_templates()["short"],
+    0,
 )
 LONG = make_prompt(
     Record(key="a", video="v", captions=(CAPTION, "a man drinks some tea")), "causal", load_templates()["causal"], 0
