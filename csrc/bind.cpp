@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <map>
 
@@ -186,6 +187,36 @@ class PyDecoder {
   std::mutex mutex_;
 };
 
+// A loader, in the process that made it. A forked process has none of its threads, and would wait for them wherever it
+// asks something of the loader or frees it: there it is refused, and never freed.
+class PyLoader {
+ public:
+  PyLoader(const ClipOptions& options, int num_threads)
+      : process_(::getpid()), loader_(std::make_unique<ClipLoader>(options, num_threads)) {}
+  ~PyLoader() {
+    if (forked()) static_cast<void>(loader_.release());
+  }
+  PyLoader(const PyLoader&) = delete;
+  PyLoader& operator=(const PyLoader&) = delete;
+
+  ClipLoader& get() {
+    if (forked()) {
+      throw std::runtime_error("the threads of this ClipLoader stayed in the process that made it: make one there");
+    }
+    return *loader_;
+  }
+  int64_t clips_done() { return get().clips_done(); }
+  void close() {
+    if (!forked()) loader_->close();
+  }
+
+ private:
+  bool forked() const { return ::getpid() != process_; }
+
+  const pid_t process_;
+  std::unique_ptr<ClipLoader> loader_;
+};
+
 ClipRequest to_request(const PySource& source, double start_seconds, std::optional<double> end_seconds, uint64_t seed) {
   return {source.source, start_seconds, end_seconds, seed};
 }
@@ -308,30 +339,31 @@ NB_MODULE(_core, m) {
       },
       "source"_a, "start_seconds"_a, "end_seconds"_a.none(), "seed"_a, "options"_a);
 
-  nb::class_<ClipLoader>(m, "ClipLoader")
+  nb::class_<PyLoader>(m, "ClipLoader")
       .def(nb::init<const ClipOptions&, int>(), "options"_a, "num_threads"_a)
       .def(
           "submit",
-          [](ClipLoader& self, const nb::list& clips) {
+          [](PyLoader& self, const nb::list& clips) {
             std::vector<ClipRequest> requests;
             for (const nb::handle clip : clips) {
               const auto fields = nb::cast<nb::tuple>(clip);
               requests.push_back(to_request(nb::cast<const PySource&>(fields[0]), nb::cast<double>(fields[1]),
                                             nb::cast<std::optional<double>>(fields[2]), nb::cast<uint64_t>(fields[3])));
             }
-            self.submit(std::move(requests));
+            self.get().submit(std::move(requests));
           },
           "clips"_a)
       .def(
           "next",
-          [](ClipLoader& self, double patience_seconds) -> nb::object {
+          [](PyLoader& self, double patience_seconds) -> nb::object {
+            ClipLoader& loader = self.get();
             std::unique_ptr<Batch> batch;
             {
               const nb::gil_scoped_release release;
-              batch = self.next(std::chrono::milliseconds(static_cast<int64_t>(patience_seconds * 1000)));
+              batch = loader.next(std::chrono::milliseconds(static_cast<int64_t>(patience_seconds * 1000)));
             }
             if (!batch) return nb::none();
-            const ClipOptions& options = self.options();
+            const ClipOptions& options = loader.options();
             const auto frames = static_cast<size_t>(options.frames.num_frames);
             const auto height = static_cast<size_t>(options.view.out_height());
             const auto width = static_cast<size_t>(options.view.out_width());
@@ -339,8 +371,8 @@ NB_MODULE(_core, m) {
                                   batch->errors, batch->index);
           },
           "patience_seconds"_a)
-      .def("clips_done", &ClipLoader::clips_done)
-      .def("close", &ClipLoader::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("clips_done", &PyLoader::clips_done)
+      .def("close", &PyLoader::close, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace pyvdl

@@ -169,3 +169,28 @@ def test_the_interpreter_ends(clip: Path, ending: str) -> None:
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+@pytest.mark.parametrize("use", ["next(loader)", "loader.close()", "del loader", "loader.clips_done", "pass"])
+def test_a_forked_process_does_not_wait_for_the_threads(clip: Path, use: str) -> None:
+    code = textwrap.dedent(f"""
+        import faulthandler, itertools, os, signal, sys, warnings
+        import pyvdl
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forks beside threads
+        requests = (pyvdl.ClipRequest({str(clip)!r}) for _ in itertools.count())
+        loader = pyvdl.ClipLoader(requests, **{OPTIONS!r})
+        next(loader)
+        if not (child := os.fork()):
+            signal.alarm(30)
+            try:
+                {use}
+            except RuntimeError as error:
+                print(error)
+            print(pyvdl.sample_clip({str(clip)!r}).data.any())
+            sys.exit()
+        print(os.waitpid(child, 0)[1], next(loader).ok.all())
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    refused = ["the threads of this ClipLoader stayed in the process that made it: make one there"]
+    refusal = refused if use in ("next(loader)", "loader.clips_done") else []
+    assert (done.stdout.splitlines(), done.stderr) == ([*refusal, "True", "0 True"], "")
