@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the decoder's names and the two public subpackages when first used: importing pyvdl does no work."""
-    if name in ("kernels", "metrics"):
-        return importlib.import_module(f"pyvdl.{name}")
+    """Loads the decoder's names and the modules when first used: importing pyvdl does no work."""
     if name in __all__:
         from . import video
 
         return getattr(video, name)
+    if not name.startswith("_") and importlib.util.find_spec(f"pyvdl.{name}") is not None:
+        return importlib.import_module(f"pyvdl.{name}")
     raise AttributeError(f"module 'pyvdl' has no attribute {name!r}")
 
 
