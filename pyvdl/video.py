@@ -98,8 +98,7 @@ class ClipRequest:
             raise ValueError(f"start_seconds must be finite and not negative, it is {start!r}")
         if end is not None and not real("end_seconds", end) > start:
             raise ValueError(f"end_seconds must be above start_seconds = {start!r}, it is {end!r}")
-        if self.seed is not None:
-            operator.index(self.seed)  # NumPy's integers, too
+        _seed(self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +178,7 @@ class VideoDecoder:
     def __getitem__(self, key: int | slice) -> npt.NDArray[np.uint8] | FrameBatch:
         if isinstance(key, slice):
             return self.get_frames_at(range(*key.indices(len(self))))
-        return self.get_frames_at([operator.index(key)]).data[0]
+        return self.get_frames_at([key]).data[0]
 
     def __iter__(self) -> Iterator[npt.NDArray[np.uint8]]:
         return (self[i] for i in range(len(self)))
@@ -217,7 +216,12 @@ class VideoDecoder:
         return [plane.view(np.uint16) if sample_bytes == 2 else plane for plane in planes]
 
     def _index(self, index: int | np.integer) -> int:
-        i = operator.index(index)
+        try:
+            i = operator.index(index)
+        except TypeError:
+            i = None
+        if i is None or isinstance(index, bool):
+            raise TypeError(f"a frame is named by a whole number, not {index!r} (get_frames_at takes several)")
         if not -len(self) <= i < len(self):
             raise IndexError(f"frame {i} is outside of the video's {len(self)} frames")
         return i + len(self) if i < 0 else i
@@ -340,7 +344,7 @@ class ClipLoader(Iterator[ClipBatch]):
             timeout_seconds=timeout_seconds,
         )
         self._requests = enumerate(requests)
-        self._seed = seed
+        self._seed = _seed(seed)
         self._limits = limits
         self._batch_size = batch_size
         self._prefetch = prefetch
@@ -380,6 +384,8 @@ class ClipLoader(Iterator[ClipBatch]):
             clips: list[Any] = []
             refused: dict[int, str] = {}  # row of the batch -> why its source cannot be opened
             for number, request in taken:
+                if not isinstance(request, ClipRequest):
+                    raise TypeError(f"requests must give pyvdl.ClipRequest, such as ClipRequest(path), not {request!r}")
                 request = self._seeded(number, request)
                 try:
                     clips.append(_native_request(request, self._limits))
@@ -467,10 +473,24 @@ def _native_request(request: ClipRequest, limits: Limits | None) -> tuple[Any, f
     return _native(request.source, limits), float(start), None if end is None else float(end), seed
 
 
+def _seed(seed: int | None) -> int | None:
+    """As Python's int, so that arithmetic does not overflow."""
+    try:
+        return None if seed is None else operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number or None, not {seed!r}") from None
+
+
+def _bounds(limits: Limits | None) -> Limits:
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits must be pyvdl.Limits(...) or None, not {limits!r}")
+    return limits or Limits()
+
+
 def _decoder_options(*, stream: int | None, errors: Errors, quality: Quality, limits: Limits | None) -> Any:
     choice("errors", errors, ("raise", "conceal"))
     choice("quality", quality, ("exact", "fast"))
-    bounds = Limits() if limits is None else limits
+    bounds = _bounds(limits)
     return _core().DecoderOptions(
         stream=None if stream is None else whole("stream", stream, 0),
         conceal=errors == "conceal",
@@ -524,7 +544,7 @@ def _clip_options(
         if not has_length(crop, 4):
             raise ValueError(f"crop must be 'center', 'random' or (y, x, h, w) in pixels, not {crop!r}")
         rectangle = [whole(f"crop: {side}", value, least) for side, value, least in zip("yxhw", crop, (0, 0, 1, 1))]
-    bounds = Limits() if limits is None else limits
+    bounds = _bounds(limits)
     height, width = (size, size) if isinstance(crop, str) else rectangle[2:]
     if num_frames * height * width * 3 > bounds.max_bytes:
         raise ValueError(f"{num_frames} frames of {height}x{width} exceed limits.max_bytes = {bounds.max_bytes}")

@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import re
 import pickle
 import struct
 import subprocess
@@ -212,6 +213,15 @@ def test_sequence_protocol(clip: Path) -> None:
 def test_frames_outside_raise_index_error(clip: Path, index: int) -> None:
     with pytest.raises(IndexError, match=f"frame {index} is outside of the video's 50 frames"):
         VideoDecoder(clip).get_frames_at([0, index])
+
+
+@pytest.mark.parametrize("index", [1.0, True, "1", [1, 2]])
+def test_what_is_no_number_of_a_frame_is_named(clip: Path, index: Any) -> None:
+    message = re.escape(f"a frame is named by a whole number, not {index!r}")
+    decoder = VideoDecoder(clip)
+    for call in (decoder.__getitem__, lambda index: decoder.get_frames_at([0, index]), decoder.get_planes_at):
+        with pytest.raises(TypeError, match=message):
+            call(index)
 
 
 def test_frames_played_at(clip: Path) -> None:
@@ -423,6 +433,8 @@ def test_bad_arguments_are_named(clip: Path, options: dict[str, Any], words: str
         ({"scale_jitter": ("a", "b")}, "scale_jitter must be a number, not 'a'"),
         ({"timeout_seconds": "1"}, "timeout_seconds must be a number"),
         ({"start_seconds": None}, "start_seconds must be a number, not None"),
+        ({"seed": "a"}, "seed must be a whole number or None, not 'a'"),
+        ({"limits": {"max_frames": 3}}, "limits must be pyvdl.Limits(...) or None, not {'max_frames': 3}"),
     ],
 )
 def test_arguments_of_another_type_are_named(clip: Path, options: dict[str, Any], words: str) -> None:
@@ -836,6 +848,13 @@ def test_bad_loader_arguments(options: dict[str, Any], words: str) -> None:
         ClipLoader([], **{"batch_size": 1, "num_threads": 1, "prefetch": 1} | options)
 
 
+def test_what_is_no_request_is_named(clip: Path) -> None:
+    with pytest.raises(TypeError, match=r"requests must give pyvdl\.ClipRequest, such as .*, not 'a.mp4'"):
+        next(ClipLoader(["a.mp4"], batch_size=1))  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="seed must be a whole number or None, not 'a'"):
+        ClipLoader([ClipRequest(clip, seed=0)], batch_size=1, seed="a")  # type: ignore[arg-type]
+
+
 def test_python_runs_while_a_clip_is_decoded(folder: Path) -> None:
     path = folder / "long.mp4"
     write_clip(path, num_frames=300, size=(192, 128), fps=25)
@@ -897,6 +916,11 @@ def test_import_does_no_work_and_needs_no_extension() -> None:
     assert "make env" in done.stdout
     assert "pip install" in done.stdout
     assert set(pyvdl.__all__) <= set(dir(pyvdl))
+    done = run_python("""
+        import pyvdl
+        print(pyvdl.data.Record(key="a", video="a.mp4").video, pyvdl.archives.read_records.__name__)
+    """)
+    assert (done.stdout.split(), done.stderr) == (["a.mp4", "read_records"], "")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pyvdl.nonsense
 
@@ -929,6 +953,12 @@ def test_a_request_that_cannot_be_meant_is_refused_when_made(clip: Path) -> None
 def test_seeds_may_be_numpy_integers_and_timeouts_long(clip: Path) -> None:
     options: dict[str, Any] = {"sampling": "random", "num_frames": 3, "short_side": 64, "size": 32}
     plain = sample_clip(clip, seed=5, **options).data
+    requests = [ClipRequest(clip)] * 3
+    of_numpy, of_python = (
+        ClipLoader(requests, batch_size=3, seed=seed, **options)  # type: ignore[arg-type]
+        for seed in (np.uint32(5), 5)
+    )
+    np.testing.assert_array_equal(next(of_numpy).data, next(of_python).data)
     for timeout_seconds in (1e10, math.inf):
         seeded = sample_clip(clip, seed=np.int64(5), timeout_seconds=timeout_seconds, **options)  # type: ignore[arg-type]
         np.testing.assert_array_equal(seeded.data, plain)
