@@ -142,6 +142,9 @@ class ArrayLoader(Iterator[ClipBatch]):
         if path not in self._arrays:
             found = _open(path, {}, context=self._context)
             if tuple(found.shape[1:]) != self._shape:
-                raise ValueError(f"{path} has clips of {tuple(found.shape[1:])}; {self._shape} are asked for")
+                raise ValueError(
+                    f"{path} has clips of {tuple(found.shape[1:])}; {self._shape} are asked for: prepare them with "
+                    f"--set num_frames={self._shape[0]} --set size={self._shape[1]}"
+                )
             self._arrays[path] = found
         return self._arrays[path]

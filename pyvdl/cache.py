@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from pyvdl import arrays
 from pyvdl.archives import Sample, read_archive, write_archive
@@ -279,8 +278,6 @@ class _Job:
 
     def finish(self, number: int, failed: dict[str, str]) -> None:
         """The shard is written; this file, beside it, says so."""
-        for key, error in failed.items():
-            logging.warning("%s is left out: %s", key, error)
         self.failed |= failed
         write_whole(self._stats(number), [json.dumps({"failed": failed}, ensure_ascii=False) + "\n"])
 

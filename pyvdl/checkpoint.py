@@ -230,6 +230,8 @@ def load_weights(
         raise ValueError(f"{source} is not there: name a saved model or a public checkpoint")
     if is_public(source):
         if source.is_dir() and not list(source.glob("*.safetensors")):
+            if (source / "model" / "params").exists():
+                raise ValueError(f"{source} is the folder of a run: its model is {source / 'model'}")
             raise ValueError(f"{source} is not a saved model: it has no params, nor safetensors of a public checkpoint")
         dtype: ParamDtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = load_pretrained(source, dtype=dtype, param_dtype=param_dtype, place=place)

@@ -127,7 +127,10 @@ def fraction(records: Sequence[Record], share: float) -> list[Record]:
     def place(record: Record) -> float:
         return int.from_bytes(hashlib.sha256(record.key.encode()).digest()[:8]) / 2**64
 
-    return [record for record in records if place(record) < share]
+    part = [record for record in records if place(record) < share]
+    if records and not part:
+        raise ValueError(f"a share of {share} takes none of {len(records)} records: take a larger one")
+    return part
 
 
 def adapt(
@@ -172,7 +175,13 @@ def adapt(
         records = [record for record in records if record.questions or record.captions or record.narrative]
     texts = [text for record in records for text in _texts(record)]
     model, tokenizer, sizes, config = _begin(
-        VLM, texts, start, preset, assignments, lambda p: p.visual if stage == "visual" else p.language
+        VLM,
+        texts,
+        "captions" if stage == "visual" else "questions, captions or a narrative",
+        start,
+        preset,
+        assignments,
+        lambda p: p.visual if stage == "visual" else p.language,
     )
     if stage == "prompt":
         model = with_soft_prompt(model, SOFT_PROMPT, rngs=nnx.Rngs(config.seed))
@@ -199,7 +208,9 @@ def train(
     """Trains the dual encoder on the captions of `records` (one drawn at random a step) into `out`; else as `adapt`."""
     records = [record for record in records if record.captions]
     texts = [text for record in records for text in record.captions]
-    model, tokenizer, _, config = _begin(DualEncoder, texts, start, preset, assignments, lambda p: p.contrastive)
+    model, tokenizer, _, config = _begin(
+        DualEncoder, texts, "captions", start, preset, assignments, lambda p: p.contrastive
+    )
     encode = one_text(tokenizer, records, length=model.config.text.context_length)
     asked = _asked("train", preset, start, model, tokenizer)
     flops = training_flops(model.config, config.trainable, config.batch_size)
@@ -226,6 +237,7 @@ def _texts(record: Record) -> list[str]:
 def _begin[M: (VLM, DualEncoder)](
     kind: type[M],
     texts: Sequence[str],
+    needs: str,
     start: str | os.PathLike[str] | None,
     preset: str,
     assignments: Iterable[str],
@@ -235,7 +247,7 @@ def _begin[M: (VLM, DualEncoder)](
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     if not texts:
-        raise ValueError("no record of the manifest has the texts this training needs")
+        raise ValueError(f"no record has {needs}, which this training needs")
     changes = list(assignments)
     if start is None:
         tokenizer: Tokenizer = WordTokenizer.from_texts(texts)

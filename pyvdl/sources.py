@@ -18,6 +18,7 @@ type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 _INT64 = (1 << 63) - 1
 _SCHEME_END = "://"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_ROW = "array://"
 _INSIDE = re.compile(r"(?:tar|array)://.*::(.*)", re.DOTALL)  # as fsspec writes it: what is in a file::its path
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
@@ -129,6 +130,8 @@ def absolute(video: str) -> str:
 
 def read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:
     """The bytes of a file-like object, or of what fsspec finds at a URL. Raises DecodeError, whatever goes wrong."""
+    if isinstance(source, (FileSlice, str, os.PathLike)) and _path(source).startswith(_ROW):
+        raise DecodeError(None, "open", "a row of an array that `pyvdl prepare` wrote: frames, not a video")
     try:
         if isinstance(source, (FileSlice, str, os.PathLike)):
             import fsspec

@@ -263,6 +263,8 @@ def test_what_is_no_saved_model_is_named(tmp_path: Path) -> None:
         load_model(tmp_path)
     model = vlm()
     save_model(tmp_path / "model", model, model.config, TOKENIZER)
+    with pytest.raises(ValueError, match=re.escape(f"the folder of a run: its model is {tmp_path / 'model'}")):
+        load_model(tmp_path)
     config = tmp_path / "model" / "config.json"
     found = json.loads(config.read_text())
     config.write_text(json.dumps({**found, "class": "Other"}))

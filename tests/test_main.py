@@ -125,7 +125,12 @@ def test_training_reads_what_was_prepared(corpus: Path, dual: Path, run: Run, tm
     code, out, err = run("prepare", *job)
     assert code == 0
     assert out.startswith(f"{tmp_path / 'cache' / 'clips.jsonl'}: {len(lines.splitlines())} clips (1 left out) in 1 ")
-    assert "left out: gone: open: No such file or directory" in err
+    assert err.count("gone: open: No such file or directory") == 1
+    code, out, err = run("probe", tmp_path / "cache" / "clips.jsonl", "--json")
+    assert code == 1
+    assert {json.loads(line)["error"] for line in out.splitlines()} == {
+        "open: a row of an array that `pyvdl prepare` wrote: frames, not a video"
+    }
     data = ["--data", tmp_path / "cache" / "clips.jsonl", "--captions", "human"]
     assert run("train", *data, "--out", tmp_path / "run", *TINY_DUAL)[0] == 0
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -191,6 +196,8 @@ def test_version(run: Run) -> None:
         ),
         (["prepare", "--synthetic", "20", "--out", "o", "--seed", "-1"], "'-1'"),
         (["prepare", "--out", "o", "--synthetic", "9"], "at least 10"),
+        (["train", "--data", "d", "--captions", "humn", "--out", "o"], "'humn' is neither 'human' nor 'alt_text'"),
+        (["instruct", "--data", "m.jsonl", "--out", "m.jsonl"], "--out is --data"),
         (["prepare", "--out", "o"], "one of the arguments --data --synthetic is required"),
         (["prepare", "--out", "o", "--data", "m.jsonl"], "--data goes with --to"),
         (["prepare", "--out", "o", "--synthetic", "20", "--to", "tars"], "go with --data"),
@@ -228,6 +235,14 @@ def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says:
             "no.jsonl",
         ),
         (["stats", "--captions", "no.jsonl"], "no.jsonl"),
+        (["caption", "none.jsonl", "--model", "nowhere"], "no clips in what was named"),
+        (["probe", "none.jsonl", "--json"], "no videos in what was named"),
+        (["prepare", "--data", "none.jsonl", "--to", "tars", "--out", "o"], "no clips in what was named"),
+        (["adapt", "--stage", "visual", "--data", "none.jsonl", "--out", "o"], "no record has captions"),
+        (
+            ["adapt", "--stage", "visual", "--data", "one.jsonl", "--out", "o", "--fraction", "0.0001"],
+            "a share of 0.0001 takes none of 1 records",
+        ),
         (["status", "nowhere"], "nowhere holds no job"),
     ],
 )
@@ -235,6 +250,8 @@ def test_a_failed_job_is_one_line_and_code_1(
     run: Run, argv: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("none.jsonl").touch()
+    Path("one.jsonl").write_text('{"key": "a", "video": "a.mp4", "captions": ["it moves"]}\n')
     code, out, err = run(*argv)
     assert (code, out) == (1, "")
     assert err.count("\n") == 1

@@ -231,7 +231,7 @@ def test_self_training_mixes_pseudo_captions_into_the_visual_stage(records: list
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no record of the manifest has the texts"):
+    with pytest.raises(ValueError, match="no record has captions, which this training needs"):
         recipes.train([Record(key="a", video="a.mp4")], tmp_path)
     with pytest.raises(ValueError, match="preset 'huge': expected one of toy, demo, paper"):
         recipes.train([RECORD], tmp_path, preset="huge")

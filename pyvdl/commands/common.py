@@ -81,6 +81,8 @@ def asked_input(arguments: argparse.Namespace, **cutting: Any) -> Input:
 def listed(records: Iterable[Record]) -> list[Record]:
     """All of them at once; a key stands for one clip in what is written, so none may come twice."""
     found = list(records)
+    if not found:
+        raise ValueError("no clips in what was named")
     seen: set[str] = set()
     for record in found:
         if record.key in seen:

@@ -62,6 +62,8 @@ def probe(arguments: argparse.Namespace) -> int:
                 for row in rows
             ],
         )
+    if not rows:
+        raise ValueError("no videos in what was named")
     if not any(row["status"] == "ok" for row in rows):
         raise ValueError(f"none of the {len(rows)} videos named could be read")
     return 0
@@ -157,6 +159,8 @@ def _synthetic(arguments: argparse.Namespace) -> int:
 
 def instruct(arguments: argparse.Namespace) -> int:
     make_way(arguments.out)
+    if arguments.data.resolve() == arguments.out.resolve():
+        raise UsageError("--out is --data: the records that are read would be lost")
     if arguments.model is not None:
         return _instruct_by_model(arguments)
     for name in MODEL_ONLY:
@@ -195,8 +199,6 @@ def _instruct_by_model(arguments: argparse.Namespace) -> int:
     from pyvdl.instruct.prompts import load_templates
     from pyvdl.progress import reporting
 
-    if arguments.data.resolve() == arguments.out.resolve():
-        raise UsageError("--out is --data: a job that goes on must find its records as they were")
     given = {name: value for name in MODEL_ONLY if (value := getattr(arguments, name)) is not None}
     templates = load_templates(given.pop("templates", None))
     prices = given.pop("price_in", None), given.pop("price_out", None)

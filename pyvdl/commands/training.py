@@ -56,11 +56,16 @@ def train(arguments: argparse.Namespace) -> int:
 
     from pyvdl import recipes
     from pyvdl.sharding import join
+    from pyvdl.sources import is_url
 
     _check_settings(arguments)
     if arguments.distributed:
         join()
     written_by_us = arguments.captions not in ("human", "alt_text")
+    if written_by_us and not is_url(arguments.captions) and not Path(arguments.captions).exists():
+        raise UsageError(
+            f"--captions {arguments.captions!r} is neither 'human' nor 'alt_text', nor is there such a file"
+        )
     records = _captioned(arguments.data, arguments.captions if written_by_us else None)
     if arguments.captions == "alt_text":
         records = [dataclasses.replace(r, captions=(r.alt_text,) if r.alt_text else ()) for r in records]
