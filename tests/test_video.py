@@ -7,8 +7,8 @@ import io
 import itertools
 import math
 import os
-import re
 import pickle
+import re
 import struct
 import subprocess
 import sys
