@@ -39,8 +39,10 @@ from pyvdl.evaluate import (
     evaluate_zero_shot,
 )
 from pyvdl.metrics import bootstrap_interval, caption_statistics
+from pyvdl.metrics.wordnet import wordnet
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.page import check_packages
 from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, train
@@ -71,6 +73,8 @@ class Stage:
 
 def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     """Runs everything below `directory`, prints the table and returns the path of the report page."""
+    check_packages()
+    wordnet()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     clock = Clock(directory / "seconds.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,12 @@ THEMES = {
 _NEEDS = "a page needs matplotlib, Pillow and Jinja2: pip install 'matplotlib>=3.9' 'pillow>=10' 'jinja2>=3.1'"
 
 Plots = dict[str, dict[str, bytes]]  # by name and theme: PNG files
+
+
+def check_packages() -> None:
+    """Raises ImportError naming what a page needs and is not installed: to be told before the work that it shows."""
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "PIL", "jinja2")):
+        raise ImportError(_NEEDS)
 
 
 def write_page(path: Path, template: str, *, plots: Plots, **values: Any) -> None:

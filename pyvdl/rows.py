@@ -321,5 +321,5 @@ def _pyarrow() -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'pyarrow>=16', or ask for jsonl") from error
+        raise ImportError("Parquet files need pyarrow: pip install 'pyarrow>=16' (captions may be jsonl)") from error
     return pyarrow

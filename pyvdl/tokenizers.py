@@ -75,7 +75,7 @@ class _SentencePieces:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
-            raise ImportError(f"{path} needs the package sentencepiece: pip install 'pyvdl[text]'") from error
+            raise ImportError(f"{path} needs the package: pip install 'sentencepiece>=0.2'") from error
         self._model = SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
@@ -141,7 +141,7 @@ def _tokenizers(path: Path) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError(f"{path} needs the package tokenizers: pip install 'pyvdl[text]'") from error
+        raise ImportError(f"{path} needs the package: pip install 'tokenizers>=0.21'") from error
     return tokenizers
 
 

@@ -200,7 +200,7 @@ def check_settings(model: nnx.Module, config: TrainConfig) -> None:
     others would wait for it.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ImportError("tensorboard=True needs the package tensorboardX: pip install 'pyvdl[log]'")
+        raise ImportError("tensorboard=True needs the package: pip install 'tensorboardX>=2.6'")
     split(model, config.trainable)
     make_optimizer(config.optim, config.steps)
     mesh = make_mesh(config.fsdp, config.tensor)

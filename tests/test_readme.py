@@ -78,6 +78,15 @@ def test_commands_are_understood(command: str) -> None:
     assert callable(arguments.run)
 
 
+def test_messages_name_packages_as_the_installation_does() -> None:
+    """Never `pyvdl`, which is another project where packages come from."""
+    text = "\n".join(path.read_text() for path in [*(ROOT / "pyvdl").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+    told = {name for command in re.findall(r"pip install ((?:'[^']+' ?)+)", text) for name in shlex.split(command)}
+    wanted = re.findall(r'"([\w-]+>=[\w.]+)"', (ROOT / "setup.py").read_text())
+    assert {"pyarrow>=16", "tensorboardX>=2.6", "safetensors>=0.6"} <= told
+    assert told - set(wanted) == {".[llm]"}
+
+
 def test_python_examples_are_python() -> None:
     assert len(blocks("python")) == 2
     for code in blocks("python"):

@@ -424,11 +424,11 @@ def test_tensorboard_gets_what_the_lines_tell(tmp_path: Path, monkeypatch: pytes
     assert losses[8] == pytest.approx(np.mean(history.losses[5:8]))
     assert {"grad_norm", "learning_rate", "clips_per_second", "wait_share", "mean_error"} <= {x[1] for x in found}
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"pip install 'pyvdl\[log\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tensorboardX>=2\.6'"):
         run(tmp_path / "without", config)
     assert not (tmp_path / "without").exists()
     monkeypatch.setattr(jax, "process_index", lambda: 1)  # one that writes no events
-    with pytest.raises(ImportError, match=r"pip install 'pyvdl\[log\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tensorboardX>=2\.6'"):
         check_settings(Model(rngs=nnx.Rngs(0)), config)
 
 

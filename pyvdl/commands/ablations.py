@@ -26,8 +26,10 @@ def ablate(arguments: argparse.Namespace) -> int:
     make_world = _checked(arguments)
     from pyvdl.ablate.page import table, write_results
     from pyvdl.ablate.run import run_grid
+    from pyvdl.page import check_packages
     from pyvdl.storage import Folder, hold
 
+    check_packages()
     grid = GRIDS[arguments.name]
     arguments.out.mkdir(parents=True, exist_ok=True)
     with hold(Folder(arguments.out)):

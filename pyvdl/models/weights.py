@@ -68,9 +68,7 @@ class _Safetensors:
         try:
             from safetensors import safe_open
         except ImportError as error:
-            raise ImportError(
-                "reading safetensors needs the package of that name: pip install 'pyvdl[text]'"
-            ) from error
+            raise ImportError("reading safetensors needs the package: pip install 'safetensors>=0.6'") from error
         files = [path] if path.is_file() else _weight_files(path)
         self._places: dict[str, tuple[Any, str]] = {}
         self.shapes = {}
@@ -378,7 +376,7 @@ def save_pretrained(model: Model | ViT, path: str | os.PathLike[str]) -> None:
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ImportError("writing safetensors needs the package of that name: pip install 'pyvdl[text]'") from error
+        raise ImportError("writing safetensors needs the package: pip install 'safetensors>=0.6'") from error
     described, rules = _described(model)
     values = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
     target = Path(path).absolute()

@@ -6,9 +6,13 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image
 
 from pyvdl.synthetic.scene import SPRITE, Scene, Sprite, states
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("drawing scenes needs Pillow: pip install 'pillow>=10'") from error
 
 RGB = {
     "red": (220, 40, 40),
