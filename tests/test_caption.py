@@ -139,7 +139,10 @@ def test_clip_batches_have_one_shape_and_mark_their_padding(records: list[Record
 
 
 def test_a_clip_is_its_segment_of_the_video(records: list[Record]) -> None:
-    windows = [{"start_seconds": 0.3, "end_seconds": 0.6}, {"start_seconds": 0.5, "end_seconds": None}]
+    windows: list[dict[str, Any]] = [
+        {"start_seconds": 0.3, "end_seconds": 0.6},
+        {"start_seconds": 0.5, "end_seconds": None},
+    ]
     found = [dataclasses.replace(records[0], key=str(window), **window) for window in windows]
     (batch,) = clip_batches(found, clip=CLIP, batch_size=2, num_threads=1, prefetch=0)
     for clip, window in zip(batch.data, windows, strict=True):

@@ -327,7 +327,10 @@ def test_clips_belong_to_their_records_and_failures_are_told(manifest: list[Reco
 
 
 def test_a_clip_is_its_segment_of_the_video(manifest: list[Record]) -> None:
-    windows = [{"start_seconds": 0.3, "end_seconds": 0.7}, {"start_seconds": 0.5, "end_seconds": None}]
+    windows: list[dict[str, Any]] = [
+        {"start_seconds": 0.3, "end_seconds": 0.7},
+        {"start_seconds": 0.5, "end_seconds": None},
+    ]
     found = [dataclasses.replace(manifest[0], key=str(window), **window) for window in windows]
     clip = ClipConfig(num_frames=2, sampling="uniform", short_side=24, size=16)
     batches = Batches(found, encode=lambda *_: {}, clip=clip, batch_size=2, seed=0, shuffle=False)

@@ -290,7 +290,7 @@ def test_colours_follow_matrix_and_range(folder: Path, matrix: str, full_range: 
         stream.codec_context.colorspace = {"bt709": 1, "smpte170m": 6}[matrix]  # numbers of ITU-T H.273
         stream.codec_context.color_range = 2 if full_range else 1
         samples = [64 * 48, *([32 * 24] if pix_fmt == "yuv420p" else [64 * 48]) * 2]
-        frame = np.repeat(np.array([y, u, v], np.uint8), samples)
+        frame: np.ndarray = np.repeat(np.array([y, u, v], np.uint8), samples)
         frame = frame.reshape(-1, 64) if pix_fmt == "yuv420p" else frame.reshape(3, 48, 64)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=pix_fmt)))
         container.mux(stream.encode())
