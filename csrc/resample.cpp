@@ -138,10 +138,6 @@ PYVDL_CLONES void run_block(const ResamplePlan& plan, const std::array<Plane, 3>
   }
 }
 
-}  // namespace
-
-namespace {
-
 struct Run {  // of source samples that make one output sample
   int first = 0;
   std::vector<double> weights;  // their sum is 1

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvdl import config as settings
-from pyvdl.config import CaptionConfig, Preset, TrainConfig
+from pyvdl.config import PRESETS, CaptionConfig, Preset, TrainConfig
 from pyvdl.flops import PEAK_FLOPS
+from pyvdl.overrides import override_training
 
 RECIPES = ("visual", "language", "train", "caption")
 PATIENCE_SECONDS = 600.0
@@ -172,15 +172,15 @@ def resolve(request: Request) -> tuple[Any, TrainConfig | CaptionConfig, Preset]
     """The model's settings, the run's, and the preset."""
     if request.recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {request.recipe!r}")
-    if request.preset not in settings.PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(settings.PRESETS)}, not {request.preset!r}")
-    sizes = settings.PRESETS[request.preset]()
+    if request.preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {request.preset!r}")
+    sizes = PRESETS[request.preset]()
     if request.recipe == "caption":
-        job, model = settings.override_training(CaptionConfig(), sizes.vlm, request.assignments)
+        job, model = override_training(CaptionConfig(), sizes.vlm, request.assignments)
         return model, job, sizes
     chosen = {"visual": sizes.visual, "language": sizes.language, "train": sizes.contrastive}[request.recipe]
     shape: Any = sizes.dual_encoder if request.recipe == "train" else sizes.vlm
-    run, shape = settings.override_training(chosen, shape, request.assignments)
+    run, shape = override_training(chosen, shape, request.assignments)
     return shape, run, sizes
 
 

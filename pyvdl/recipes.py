@@ -21,7 +21,6 @@ import numpy as np
 from flax import nnx
 
 import pyvdl
-from pyvdl import config as settings
 from pyvdl.caption import model_digest
 from pyvdl.checkpoint import Checkpointer, load_model, save_model
 from pyvdl.clip_prompts import encode_prompts
@@ -31,6 +30,7 @@ from pyvdl.flops import training_flops
 from pyvdl.instruct import describe
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM, with_soft_prompt
+from pyvdl.overrides import override_training
 from pyvdl.sharding import make_mesh, place
 from pyvdl.step import create
 from pyvdl.storage import claim
@@ -258,7 +258,7 @@ def _begin[M: (VLM, DualEncoder)](
                 raise ValueError(f"{change}: the shape of a saved model cannot be changed")
         sizes = PRESETS[preset](1)  # its models, and so their vocabularies, are not made
     shape: Any = sizes.vlm if kind is VLM else sizes.dual_encoder
-    config, shape = settings.override_training(recipe(sizes), shape, changes)
+    config, shape = override_training(recipe(sizes), shape, changes)
     mesh = make_mesh(config.fsdp, config.tensor)
     if start is None:
         part, known = ("language", shape.language) if kind is VLM else ("text", shape.text)

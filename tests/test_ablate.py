@@ -30,6 +30,7 @@ from pyvdl.clock import Clock
 from pyvdl.data import Record, read_manifest
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.overrides import override, override_training
 from pyvdl.synthetic import make_corpus
 from pyvdl.text import WordTokenizer
 from tests.test_demo import tiny
@@ -76,7 +77,7 @@ def test_every_recipe_is_one_that_the_trainings_take(grid: Grid) -> None:
             for preset in ("demo", "toy", "paper", "paligemma"):
                 sizes = config.PRESETS[preset](8)
                 change = f"trainable={step.trainable!r}"
-                training, _ = config.override_training(getattr(sizes, step.stage), sizes.vlm, [change])
+                training, _ = override_training(getattr(sizes, step.stage), sizes.vlm, [change])
                 assert training.trainable == step.trainable
     assert grid.repeated() not in [row.recipe for row in grid.rows]
 
@@ -129,7 +130,7 @@ def test_a_step_is_named_by_its_ancestry_and_what_they_depend_on() -> None:
 def test_settings_belong_to_a_kind_of_training() -> None:
     changes, drawing = read_changes(["visual.steps=7", "contrastive.batch_size=9", "caption.num_samples=2"], "demo")
     assert changes == {"visual": ("steps=7",), "contrastive": ("batch_size=9",)}
-    assert config.override(Drawing(), drawing).num_samples == 2
+    assert override(Drawing(), drawing).num_samples == 2
     for wrong, says in (
         ("steps=7", "begins with none of visual"),
         ("visual.seed=7", "the grid sets that"),

@@ -13,11 +13,10 @@ from pyvdl.config import (
     TrainConfig,
     ViTConfig,
     VLMConfig,
-    override,
-    override_training,
     paper,
     toy,
 )
+from pyvdl.overrides import override, override_training
 
 
 def test_overrides_reach_nested_fields_and_leave_the_rest() -> None:

@@ -17,6 +17,7 @@ FORBIDDEN = {
     "pyvdl.metrics": {"jax", "flax", "pyvdl"},
     "pyvdl.text": {"jax", "flax", "pyvdl"},
     "pyvdl.config": {"jax", "flax", "pyvdl"},
+    "pyvdl.overrides": {"jax", "flax"},
     "pyvdl.hlo": {"jax", "flax", "pyvdl"},
     "pyvdl.plan": {"jax", "flax"},  # the process that it starts has an environment of its own
     "pyvdl.kernels": {"flax", "pyvdl.models", "pyvdl.train", "pyvdl.data", "pyvdl.video", "pyvdl.config"},

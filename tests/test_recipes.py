@@ -16,11 +16,12 @@ from jax.sharding import AbstractMesh
 
 from pyvdl import data, recipes
 from pyvdl.checkpoint import load_model, save_model
-from pyvdl.config import ClipConfig, T5Config, TrainConfig, override, toy
+from pyvdl.config import ClipConfig, T5Config, TrainConfig, toy
 from pyvdl.data import Question, Record
 from pyvdl.models import save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
+from pyvdl.overrides import override
 from pyvdl.sharding import AXES
 from pyvdl.text import CAPTION_PROMPT, DETAIL_PROMPT, WordTokenizer
 from tests.clips import write_clip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyvdl
-from pyvdl.config import override
+from pyvdl.overrides import override
 from pyvdl.page import draw, write_page
 from pyvdl.storage import write_whole
 

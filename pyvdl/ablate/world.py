@@ -14,8 +14,9 @@ import pyvdl
 from pyvdl import starts
 from pyvdl.archives import read_records
 from pyvdl.checkpoint import is_public, load_config
-from pyvdl.config import PRESETS, DualEncoderConfig, Preset, override, override_training
+from pyvdl.config import PRESETS, DualEncoderConfig, Preset
 from pyvdl.data import Record, digest
+from pyvdl.overrides import override, override_training
 from pyvdl.progress import reporting
 from pyvdl.synthetic import make_corpus
 from pyvdl.text import WordTokenizer

@@ -114,7 +114,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     if arguments.synthetic is not None:
         return _synthetic(arguments)
     from pyvdl.cache import to_arrays, to_tars
-    from pyvdl.config import ClipConfig, ShortVideoConfig, override
+    from pyvdl.config import ClipConfig, ShortVideoConfig
+    from pyvdl.overrides import override
     from pyvdl.progress import reporting
 
     if arguments.to is None:

@@ -95,7 +95,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _check_settings(arguments: argparse.Namespace) -> None:
     """A setting that does not exist or cannot be meant is a mistake in the command, not a failure of the job."""
-    from pyvdl.config import PRESETS, override_training
+    from pyvdl.config import PRESETS
+    from pyvdl.overrides import override_training
 
     preset = PRESETS[arguments.preset](8)
     if getattr(arguments, "pseudo_captions", None) and not arguments.pseudo:
