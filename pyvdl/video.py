@@ -296,7 +296,7 @@ class ClipLoader(Iterator[ClipBatch]):
     batch_size: clips in a batch; the last batch holds what is left.
     prefetch: batches decoded ahead of the one in hand. Memory: prefetch + 1 batches, besides those the caller keeps.
     seed: gives each request without a seed of its own one that depends on this and the request's number.
-    The other arguments are those of `sample_clip`.
+    The other arguments are those of `sample_clip`. Raises RuntimeError where a thread cannot be started.
 
     A clip that fails is zeros with ok False and its error text; it never stops the others. Each batch is fresh memory,
     aligned to 64 bytes and read-only, which jax.device_put uses without a copy on CPU. Use as a context manager, or
