@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from .grouped_tpu_tiles import (
     head_lanes,
     load_tile,
     make_plan,
+    memory_of,
     open_blocks,
     own_lanes,
     store_tile,
@@ -51,10 +52,6 @@ from .grouped_tpu_tiles import (
 from .tuning import LANES, LOG2E, ceil_to
 
 LN_2 = math.log(2)
-LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
-# What the compiler takes for itself, spilled registers above all: needed at least, and allowed where there is room.
-VMEM_SLACK_BYTES = 12 * 2**20
-VMEM_SPILL_BYTES = 24 * 2**20
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 
@@ -359,57 +356,6 @@ def _backward_kernel(*all_refs: Ref, plan: Plan) -> None:
     close_blocks(plan, written, outputs, wide, rows)
 
 
-def _vmem_bytes() -> int:
-    """Of the chip the program is made for, where that is known: not when lowering for a TPU from elsewhere."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:
-        return LEAST_VMEM_BYTES
-
-
-class _Memory(NamedTuple):
-    """What a kernel holds in VMEM."""
-
-    scratch: list[tuple[tuple[int, ...], Any]]
-    buffers: int  # of each block of tokens
-    used_bytes: int
-
-
-def _memory(plan: Plan, mode: str, arrays: int, whole_count: int, extra_outputs: Any, columns: int) -> _Memory:
-    """arrays: of [B, S, N*D], whole_count of them outputs. Raises NotImplementedError where they do not fit."""
-    tokens = plan.tokens
-    scratch: list[tuple[tuple[int, ...], Any]] = []
-    if plan.masked:
-        scratch.append(((plan.rows, plan.rows), jnp.float32))
-    if plan.class_tokens:
-        kept = 1 if whole_count == 1 else 2
-        scratch += [((plan.tiles, CLASS_ROWS, plan.rows), jnp.float32)] * kept
-        scratch += [((plan.lanes, LANES), jnp.float32)] * columns
-    if plan.staged:
-        scratch.append(((ceil_to(tokens, 8), plan.lanes), jnp.float32))
-        scratch += [((plan.rows_stored, plan.lanes), plan.dtype)] * arrays
-
-    def size(shape: tuple[int, ...], dtype: Any) -> int:
-        *outer, rows, lanes = shape
-        size = ceil_to(rows, 16) * ceil_to(lanes, LANES) * jnp.dtype(dtype).itemsize
-        for n in outer:
-            size *= n
-        return size
-
-    one_buffer = arrays * size((tokens, plan.lanes), plan.dtype)
-    used = sum(2 * size(shape, jnp.float32) for shape in extra_outputs) + sum(size(*x) for x in scratch)
-    available = _vmem_bytes() - VMEM_SLACK_BYTES
-    # Two buffers let the next block arrive while this one is computed; one is better than no kernel.
-    buffers = 2 if used + 2 * one_buffer <= available else 1
-    used += buffers * one_buffer
-    if used > available:
-        raise NotImplementedError(
-            f"holds all tokens of a clip in VMEM in mode {mode!r}: {tokens} tokens of {plan.lanes} features "
-            f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
-        )
-    return _Memory(scratch, buffers, used)
-
-
 def _call(
     kernel: Any, plan: Plan, inputs: list[Array], extra_outputs: list[tuple[int, ...]], columns: int, mode: str
 ) -> list[Array]:
@@ -417,7 +363,9 @@ def _call(
     batch, tokens, heads, head_dim = inputs[0].shape
     features, blocks = heads * head_dim, heads * head_dim // plan.lanes
     whole_count = 1 if extra_outputs else 3
-    scratch, buffers, used = _memory(plan, mode, len(inputs) + whole_count, whole_count, extra_outputs, columns)
+    scratch, buffers, limit_bytes = memory_of(
+        plan, mode, len(inputs) + whole_count, whole_count, extra_outputs, columns
+    )
     pipelined = None if buffers == 2 else pl.Buffered(1)
     block = pl.BlockSpec((1, tokens, plan.lanes), lambda b, j: (b, 0, j), pipeline_mode=pipelined)
 
@@ -434,7 +382,7 @@ def _call(
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
-            vmem_limit_bytes=min(used + VMEM_SPILL_BYTES, _vmem_bytes() - 2**20),
+            vmem_limit_bytes=limit_bytes,
         ),
         name=f"{mode}_attention_{'forward' if whole_count == 1 else 'backward'}",
     )(*(x.reshape(batch, tokens, features) for x in inputs))
@@ -459,7 +407,7 @@ def refusal(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_to
     """The reason, in words, why the kernels do not take q, k and v of this shape [B, S, N, D]; None if they do."""
     try:
         # The backward kernel holds the most.
-        _memory(make_plan(shape, dtype, frames, mode, class_tokens, 1.0), mode, 7, 3, [], 3)
+        memory_of(make_plan(shape, dtype, frames, mode, class_tokens, 1.0), mode, 7, 3, [], 3)
     except NotImplementedError as reason:
         return str(reason)
     return None

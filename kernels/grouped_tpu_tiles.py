@@ -1,4 +1,4 @@
-"""Groups of tokens as tiles in VMEM: which rows make one tile, how they are read and written, what may see what.
+"""Groups of tokens as tiles in VMEM: which rows make one, how they are read and written, what sees what, what fits.
 
 A kernel of `grouped_tpu.py` holds all S tokens of one row of the batch and of some whole heads in VMEM, as they stand
 in [B, S, N*D]. They form *runs* of equal length: the frames, or, for `time` over many frames, the places. A *tile* is
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ CLASS_ROWS = 16  # one bfloat16 register tile: row h is the class token as head 
 STEP_UNITS = 32  # of one loop step, where a clip has as many; a unit is 128 queries of one head
 MOST_FRAMES_ACROSS = 16  # above, logits between places that a mask throws away cost more than moving the places
 MASKED = -1e30  # added to a logit; finite, so that NaN and infinity of a logit stay visible
+_LEAST_VMEM_BYTES = 64 * 2**20  # of a v5p's core; v5e and v6e have twice that
+# What the compiler takes for itself, spilled registers above all: needed at least, and allowed where there is room.
+_VMEM_SLACK_BYTES = 12 * 2**20
+_VMEM_SPILL_BYTES = 24 * 2**20
 
 Ref = Any
 
@@ -141,6 +145,58 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
 
 
 # --- tiles
+
+
+def _vmem_bytes() -> int:
+    """Of the chip the program is made for, where that is known: not when lowering for a TPU from elsewhere."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return _LEAST_VMEM_BYTES
+
+
+class Memory(NamedTuple):
+    """What a kernel holds in VMEM."""
+
+    scratch: list[tuple[tuple[int, ...], Any]]
+    buffers: int  # of each block of tokens
+    limit_bytes: int  # that the compiler is given
+
+
+def memory_of(plan: Plan, mode: str, arrays: int, whole_count: int, extra_outputs: Any, columns: int) -> Memory:
+    """arrays: of [B, S, N*D], whole_count of them outputs. Raises NotImplementedError where they do not fit."""
+    tokens = plan.tokens
+    scratch: list[tuple[tuple[int, ...], Any]] = []
+    if plan.masked:
+        scratch.append(((plan.rows, plan.rows), jnp.float32))
+    if plan.class_tokens:
+        kept = 1 if whole_count == 1 else 2
+        scratch += [((plan.tiles, CLASS_ROWS, plan.rows), jnp.float32)] * kept
+        scratch += [((plan.lanes, LANES), jnp.float32)] * columns
+    if plan.staged:
+        scratch.append(((ceil_to(tokens, 8), plan.lanes), jnp.float32))
+        scratch += [((plan.rows_stored, plan.lanes), plan.dtype)] * arrays
+
+    def size(shape: tuple[int, ...], dtype: Any) -> int:
+        *outer, rows, lanes = shape
+        size = ceil_to(rows, 16) * ceil_to(lanes, LANES) * jnp.dtype(dtype).itemsize
+        for n in outer:
+            size *= n
+        return size
+
+    one_buffer = arrays * size((tokens, plan.lanes), plan.dtype)
+    used = sum(2 * size(shape, jnp.float32) for shape in extra_outputs) + sum(size(*x) for x in scratch)
+    there = _vmem_bytes()
+    available = there - _VMEM_SLACK_BYTES
+    # Two buffers let the next block arrive while this one is computed; one is better than no kernel.
+    buffers = 2 if used + 2 * one_buffer <= available else 1
+    used += buffers * one_buffer
+    if used > available:
+        raise NotImplementedError(
+            f"holds all tokens of a clip in VMEM in mode {mode!r}: {tokens} tokens of {plan.lanes} features "
+            f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
+        )
+    return Memory(scratch, buffers, min(used + _VMEM_SPILL_BYTES, there - 2**20))
 
 
 def _piece(plan: Plan, tile: Array, piece: int) -> Any:
