@@ -159,9 +159,9 @@ def attention(
     _check_operands(q, k, v)
     options: dict[str, Any] = {
         "causal": causal,
-        "prefix_lengths": prefix_lengths,
+        "prefix_lengths": None if prefix_lengths is None else jnp.asarray(prefix_lengths),
         "q_offset": q_offset,
-        "kv_lengths": kv_lengths,
+        "kv_lengths": None if kv_lengths is None else jnp.asarray(kv_lengths),
         "bias": bias,
         "distance_bias": distance_bias,
         "softcap": softcap,

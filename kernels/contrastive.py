@@ -66,6 +66,7 @@ def contrastive_loss(
             raise ValueError(f"{name} must be of a floating type (bfloat16, float32), not {x.dtype}")
     if kind == "softmax" and bias is not None:
         raise ValueError("bias must be None with kind 'softmax', which a constant on all scores does not change")
+    groups = None if groups is None else jnp.asarray(groups)
     if groups is not None and (groups.shape != video.shape[:1] or not jnp.issubdtype(groups.dtype, jnp.integer)):
         raise ValueError(f"groups must be int32[{video.shape[0]}], not {groups.dtype}{groups.shape}")
     wide = jnp.promote_types(video.dtype, jnp.float32)

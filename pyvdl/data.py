@@ -68,6 +68,13 @@ class Record:
         default_factory=dict, hash=False
     )  # keys of the manifest not named here
 
+    def __post_init__(self) -> None:
+        """Refuses what would be read as something else, later on: a text as its letters, for one."""
+        if not isinstance(self.video, str):
+            raise TypeError(f"video must be a string, not {self.video!r}")
+        if isinstance(self.captions, str):
+            raise TypeError(f"captions must be a tuple of texts, not the one text {self.captions!r}")
+
     @property
     def source(self) -> str | FileSlice:
         """What the decoder opens; with a byte range that part of the file, without looking for it in the tar."""

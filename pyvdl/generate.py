@@ -107,6 +107,8 @@ def generate(
     batch = prompt.shape[0]
     if isinstance(seeds, int | np.integer):
         seeds = (np.arange(batch) + int(seeds)).astype(np.uint32)
+    elif not isinstance(seeds, jax.Array):
+        seeds = np.asarray(seeds)
     if seeds.shape != (batch,):
         raise ValueError(f"seeds must be an int or uint32[{batch}], not an array of shape {seeds.shape}")
     graphdef, state = nnx.split(model)
@@ -183,6 +185,10 @@ def _check_at_least(least: int, **values: int) -> None:
 
 def _prepared(model: VLM | T5, video: Array | np.ndarray | None, prompt: Array | np.ndarray) -> Array:
     """The prompts on the device, padded to their bucket."""
+    if not isinstance(model, VLM | T5):
+        raise TypeError(f"model must be a VLM or a T5, which write texts, not a {type(model).__name__}")
+    if not isinstance(prompt, jax.Array):
+        prompt = np.asarray(prompt)
     if video is not None and not isinstance(model, VLM):
         raise ValueError(f"video must be None: a {type(model).__name__} alone reads text")
     if prompt.ndim != 2 or (video is not None and video.shape[0] != prompt.shape[0]):

@@ -134,6 +134,13 @@ def test_errors_name_file_line_and_expectation(line: str, message: str, tmp_path
         read_manifest(path)
 
 
+def test_a_record_is_made_of_strings_and_tuples_of_them() -> None:
+    with pytest.raises(TypeError, match="video must be a string, not PosixPath"):
+        Record(key="a", video=Path("a.mp4"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="captions must be a tuple of texts, not the one text 'it moves'"):
+        Record(key="a", video="a.mp4", captions="it moves")  # type: ignore[arg-type]
+
+
 def test_an_epoch_has_every_record_once_in_an_order_of_its_own() -> None:
     got = [int(i) for batch in take(text_only(10), 10) for i in batch["index"]]
     epochs = [got[i : i + 10] for i in range(0, 40, 10)]

@@ -459,6 +459,19 @@ def test_generate_refuses(t5: VLM, clips: tuple[Any, Any], changes: dict[str, An
         generate(t5, **arguments)
 
 
+def test_seeds_and_prompts_may_be_lists(t5: VLM, clips: tuple[Any, Any]) -> None:
+    video, prompt = clips
+    seeds = list(range(len(prompt)))
+    wanted = generate(t5, video, prompt, max_length=4, seeds=np.array(seeds, np.uint32))
+    found = generate(t5, video, np.asarray(prompt).tolist(), max_length=4, seeds=seeds)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+
+
+def test_a_model_that_writes_no_texts_is_named(clips: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="model must be a VLM or a T5, which write texts, not a Linear"):
+        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), clips[0], clips[1], max_length=4)  # type: ignore[arg-type]
+
+
 MESH = """
 import sys, jax, numpy as np
 from jax.sharding import PartitionSpec as P

@@ -512,3 +512,13 @@ def test_offsets_may_be_numpy_arrays() -> None:
     wanted = attention(q, k, v, causal=True, q_offset=jnp.array([0, 1]))
     found = attention(q, k, v, causal=True, q_offset=np.array([0, 1], np.int32))
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_lengths_and_groups_may_be_lists() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 2, 8)) for i in range(3))
+    for name, more in (("kv_lengths", {}), ("prefix_lengths", {"causal": True})):
+        wanted = attention(q, k, v, **{name: jnp.array([1, 2])}, **more)
+        np.testing.assert_array_equal(attention(q, k, v, **{name: [1, 2]}, **more), wanted)
+    x = jax.random.normal(jax.random.key(3), (3, 8))
+    wanted = contrastive_loss(x, x, 1.0, groups=jnp.array([0, 0, 1]))
+    assert contrastive_loss(x, x, 1.0, groups=[0, 0, 1]) == wanted
