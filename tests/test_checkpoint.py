@@ -22,7 +22,7 @@ from flax import nnx
 
 from pyvdl.checkpoint import Checkpointer, load_config, load_model, save_model
 from pyvdl.config import DualEncoderConfig, GemmaConfig, T5Config, TextTowerConfig, ViTConfig, VLMConfig
-from pyvdl.models import ViT, save_pretrained
+from pyvdl.models import ViT, load_pretrained, save_pretrained
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.models.vlm import VLM
 from pyvdl.text import WordTokenizer
@@ -265,6 +265,10 @@ def test_what_is_no_saved_model_is_named(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model, model.config, TOKENIZER)
     with pytest.raises(ValueError, match=re.escape(f"the folder of a run: its model is {tmp_path / 'model'}")):
         load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"a saved model: pyvdl\.checkpoint\.load_model reads it"):
+        load_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="is not there: name a public checkpoint's folder or npz file"):
+        load_pretrained(tmp_path / "modle")
     config = tmp_path / "model" / "config.json"
     found = json.loads(config.read_text())
     config.write_text(json.dumps({**found, "class": "Other"}))

@@ -224,6 +224,9 @@ def test_what_is_not_utf8_has_a_line(tmp_path: Path) -> None:
         list(read("kinetics600", [tmp_path / "a.csv"], "videos"))
     (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf" + KINETICS.encode())  # a byte order mark is none of the columns
     assert len(list(read("kinetics600", [tmp_path / "b.csv"], "videos"))) == 2
+    assert len(list(read("kinetics600", [str(tmp_path / "b.csv")], "videos"))) == 2
+    with pytest.raises(TypeError, match=r"a list of files, not the one path 'b\.csv'"):
+        list(read("kinetics600", "b.csv", "videos"))
 
 
 def test_what_gives_no_clip_is_told_and_the_rest_read(tmp_path: Path) -> None:

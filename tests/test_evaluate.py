@@ -192,6 +192,8 @@ def test_embeddings_do_not_depend_on_batches(
     for batch_size in (2, 3):
         np.testing.assert_allclose(embed_videos(dual, records, clip=CLIP, batch_size=batch_size), whole, atol=2e-6)
     texts = ["a red ball", "", "ball moves left then right", "moves", "right"]
+    with pytest.raises(TypeError, match="texts='a red ball' is one string"):
+        embed_texts(dual, tokenizer, texts[0])
     whole = embed_texts(dual, tokenizer, texts)
     for batch_size in (2, 4):
         np.testing.assert_allclose(embed_texts(dual, tokenizer, texts, batch_size=batch_size), whole, atol=2e-6)

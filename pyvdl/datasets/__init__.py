@@ -6,6 +6,7 @@ A reader yields one record a clip, whether its video is there or not; `Survey` c
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ READERS: dict[str, Reader] = {
 
 def read(
     name: str,
-    annotations: Sequence[Path],
+    annotations: Sequence[str | os.PathLike[str]],
     videos: str,
     *,
     split: str | None = None,
@@ -53,11 +54,13 @@ def read(
 
     Raises ValueError where there is no such data set, or no record of the split.
     """
+    if isinstance(annotations, str | os.PathLike):
+        raise TypeError(f"annotations must be a list of files, not the one path {os.fspath(annotations)!r}")
     if name not in READERS:
         raise ValueError(f"data set {name!r}: expected one of {', '.join(READERS)}")
     wanted = None if split is None else split_name(split)
     found: dict[str | None, int] = {}
-    for record in READERS[name](annotations, videos, names=names, on_skip=on_skip):
+    for record in READERS[name](list(map(Path, annotations)), videos, names=names, on_skip=on_skip):
         found[record.split] = found.get(record.split, 0) + 1
         if wanted in (None, record.split):
             yield record

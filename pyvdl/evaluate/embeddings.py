@@ -86,6 +86,8 @@ def _parts(records: Sequence[Record], clips: int) -> list[Record]:
 
 def embed_texts(model: DualEncoder, tokenizer: Tokenizer, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     """float32[N, E], L2-normalised."""
+    if isinstance(texts, str):
+        raise TypeError(f"texts={texts[:80]!r} is one string: pass a list, [text] for a single one")
     encode = _encoders()[1]
     length = model.config.text.context_length
     out = np.empty((len(texts), model.config.embed_dim), np.float32)

@@ -161,6 +161,10 @@ def load_pretrained(
         ValueError: not such a checkpoint; or arrays are missing, left over or of another shape, all of them named.
     """
     where = Path(path)
+    if not where.exists():
+        raise ValueError(f"{where} is not there: name a public checkpoint's folder or npz file")
+    if (where / "params").exists():
+        raise ValueError(f"{where} is no public checkpoint but a saved model: pyvdl.checkpoint.load_model reads it")
     with contextlib.ExitStack() as stack:
         source: Source
         if where.suffix == ".npz":
