@@ -172,6 +172,7 @@ def test_version(run: Run) -> None:
         (["train", "--data", "d", "--captions", "human", "--out", "o", "--seed", "1"], "--seed"),
         (["caption", "x.mp4", "--engine", "ray"], "go with --out"),
         (["caption", "x.mp4", "--export", "coco"], "goes with --out"),
+        (["caption", "x.mp4", "--tensor", "2"], "--fsdp and --tensor go with --out"),
         (["caption", "x.mp4", "--out", "memory://o", "--export", "coco"], "a local folder, and --out is memory://o"),
         (["embed", "x.mp4", "--model", "m", "--out", "s3://o", "--export", "npz"], "a local folder"),
         (["caption", "x.mp4", "--out", "o", "--workers", "2"], "go with --engine ray"),
@@ -380,6 +381,9 @@ def test_caption_one_several_and_a_job(run: Run, corpus: Path, vlm: Path, tmp_pa
     assert code == 1
     assert "seed was 0, now 1" in err
 
+    code, _, err = run(*job[:-4], "--out", tmp_path / "split", "--tensor", "64")
+    assert (code, "fsdp * tensor must divide" in err) == (1, True)
+
     code, out, _ = run("status", tmp_path / "job")
     assert code == 0
     assert "shards" in out
@@ -462,6 +466,9 @@ def test_captions_of_a_job_train_the_dual_encoder(
     code, said, _ = run("train", *data, "--model", dual, "--out", out, *TINY)
     assert code == 0
     assert f"{out / 'model'}: step 6" in said
+    code, _, err = run("train", "--data", corpus / "test.jsonl", *data[2:], "--out", tmp_path / "other", *TINY_DUAL)
+    assert code == 1
+    assert f"{job} has captions of no record of {corpus / 'test.jsonl'}, but of " in err
     code, _, err = run("train", *data, "--model", vlm, "--out", tmp_path / "other", *TINY)
     assert code == 1
     assert "holds a VLM, not a DualEncoder" in err

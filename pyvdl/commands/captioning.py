@@ -44,6 +44,8 @@ def caption(arguments: argparse.Namespace) -> int:
         return _caption_job(arguments)
     if arguments.distributed or arguments.engine != "local":
         raise UsageError("--distributed and --engine go with --out, the folder that all processes see")
+    if arguments.fsdp * arguments.tensor > 1:
+        raise UsageError("--fsdp and --tensor go with --out")
     if arguments.export:
         raise UsageError("--export goes with --out, the folder of what is exported")
     records = listed(asked_input(arguments, **cutting_options(arguments)))

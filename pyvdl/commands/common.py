@@ -132,12 +132,12 @@ def encoder_clip(arguments: argparse.Namespace, config: DualEncoderConfig) -> Cl
 
 
 def asked_mesh(arguments: argparse.Namespace) -> Mesh | None:
-    """Of this process's devices, where it has more than one."""
+    """Of this process's devices, where it has more than one, or is asked to split a model over several."""
     import jax
 
     from pyvdl.sharding import make_mesh
 
-    several = jax.local_device_count() > 1
+    several = jax.local_device_count() > 1 or arguments.fsdp * arguments.tensor > 1
     return make_mesh(arguments.fsdp, arguments.tensor, jax.local_devices()) if several else None
 
 

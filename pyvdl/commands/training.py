@@ -48,6 +48,9 @@ def _captioned(manifest: Path | None, captions: str | Path | None) -> list[Recor
     if captions is None:
         return records
     found = captions_by_key(read_captions(captions))
+    if records and not any(record.key in found for record in records):
+        example = f", such as {next(iter(found))!r}" if found else ""
+        raise ValueError(f"{captions} has captions of no record of {manifest}, but of {len(found)} others{example}")
     return [dataclasses.replace(record, captions=found.get(record.key, ())) for record in records]
 
 
