@@ -144,7 +144,7 @@ class ArrayLoader(Iterator[ClipBatch]):
             if tuple(found.shape[1:]) != self._shape:
                 raise ValueError(
                     f"{path} has clips of {tuple(found.shape[1:])}; {self._shape} are asked for: prepare them with "
-                    f"--set num_frames={self._shape[0]} --set size={self._shape[1]}"
+                    f"--set num_frames={self._shape[0]} --set size={self._shape[1]} and a short_side that goes with it"
                 )
             self._arrays[path] = found
         return self._arrays[path]
