@@ -71,7 +71,7 @@ MODES = ("generate", "step", "input", "caption")
 REFERENCE = ROOT / "build" / "parity" / "env" / "bin" / "python"
 SAMPLES, TOKENS = 10, 32
 MEMORY_PREFIX = 2048  # tokens
-ESTIMATED = {"dual encoder, ViT-L/14, rematerialised": 32, "VLM, So400m and T5-Large, rematerialised": 4}  # clips
+ESTIMATED = {"dual encoder, ViT-L/14, rematerialised": 32, "VLM, So400m and T5-Large, rematerialised": 2}  # clips
 
 SO400M = ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
 PALIGEMMA = VLMConfig(vision=SO400M, language=GemmaConfig())
