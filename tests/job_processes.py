@@ -20,7 +20,7 @@ from pyvdl.jobs import Job
 from pyvdl.manifests import Cut, Input
 from pyvdl.pipeline import run_job
 from pyvdl.progress import Report
-from pyvdl.rows import CaptionRow, RowKind
+from pyvdl.rows import CaptionRow, Row, RowKind
 from pyvdl.sharding import join
 from pyvdl.shots import Shots
 
@@ -75,7 +75,7 @@ def main() -> None:
     index, notes = jax.process_index(), out / "notes"
     notes.mkdir(parents=True, exist_ok=True)
     calls = 0
-    broadcast, finish_parts = multihost_utils.broadcast_one_to_all, Job.finish_parts
+    broadcast, finish_parts, finish = multihost_utils.broadcast_one_to_all, Job.finish_parts, Job.finish
 
     def noted_broadcast(in_tree: Any, is_source: bool | None = None) -> Any:
         nonlocal calls
@@ -87,6 +87,10 @@ def main() -> None:
         finish_parts(self, shard, parts)
         (notes / f"cut-{shard}-by-{index}").touch()
 
+    def noted_rows(self: Job, shard: int, rows: Sequence[Row]) -> None:
+        finish(self, shard, rows)
+        (notes / f"made-{shard}-by-{index}").touch()
+
     def slow() -> Iterator[Record]:
         """Only the first process lists: the other must not wait for that in a collective, which would give up."""
         while not (notes / "collective-1-1").exists():
@@ -97,7 +101,7 @@ def main() -> None:
         yield from Input([videos])
 
     multihost_utils.broadcast_one_to_all = noted_broadcast
-    Job.finish_parts = noted_parts  # type: ignore[method-assign]
+    Job.finish_parts, Job.finish = noted_parts, noted_rows  # type: ignore[method-assign]
     jobs._CUT_AT_ONCE = 2
     run(slow(), out)
 

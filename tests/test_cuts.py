@@ -80,8 +80,9 @@ def test_two_processes_cut_what_one_does(videos: Path, whole: Path, tmp_path: Pa
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(told)[-3000:]
     assert results(tmp_path) == results(whole)
-    by = sorted(path.name for path in (tmp_path / "notes").glob("cut-*"))
-    assert by == [f"cut-{shard}-by-{shard % 2}" for shard in range(LISTS)]
+    for what, count in (("cut", LISTS), ("made", load_job(Folder(tmp_path)).shards)):
+        by = sorted(path.name for path in (tmp_path / "notes").glob(f"{what}-*"))
+        assert by == [f"{what}-{shard}-by-{shard % 2}" for shard in range(count)]
 
 
 def test_a_prompt_is_looked_at_before_anything_is_cut(

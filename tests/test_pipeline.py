@@ -198,6 +198,8 @@ def test_another_job_in_the_same_folder_is_refused(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="seed was 3, now 4"):
         job(model, tokenizer, records[:2], tmp_path, seed=4)
+    with pytest.raises(ValueError, match=r"\(num_samples was 2, now 3; temperature was 1\.0, now 0\.5\)"):
+        job(model, tokenizer, records[:2], tmp_path, num_samples=3, temperature=0.5)
     other = nnx.clone(model)
     other.projection.kernel[...] += 1
     with pytest.raises(ValueError, match="model_sha256"):
@@ -222,7 +224,9 @@ def test_captions_that_cannot_be_drawn_begin_no_job(
     assert not (tmp_path / "job.json").exists()
 
 
+@pytest.mark.parametrize("written", [8, 10])  # a try of each folder, four lists, job.json; then of four shards 1 or 3
 def test_a_disk_that_is_full_stops_the_job_and_no_shard_is_lost(
+    written: int,
     model: VLM,
     tokenizer: WordTokenizer,
     records: list[Record],
@@ -234,7 +238,7 @@ def test_a_disk_that_is_full_stops_the_job_and_no_shard_is_lost(
 
     def full(file: int) -> None:
         calls.append(file)
-        if len(calls) == 9:  # after a try of each folder, four lists, job.json and a shard
+        if len(calls) == written + 1:
             raise OSError(28, "No space left on device")
         sync(file)
 
@@ -242,7 +246,7 @@ def test_a_disk_that_is_full_stops_the_job_and_no_shard_is_lost(
     with pytest.raises(OSError, match=r"No space left on device: .*captions-0000\d-of-00004"):
         job(model, tokenizer, records, tmp_path)
     monkeypatch.setattr(os, "fsync", sync)
-    assert len(shards(tmp_path)) in (1, 2, 3)
+    assert 1 <= len(shards(tmp_path)) <= 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".captions")]
     job(model, tokenizer, records, tmp_path)
     assert shards(tmp_path) == shards(whole)

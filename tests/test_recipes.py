@@ -158,7 +158,7 @@ def test_each_stage_moves_its_part_only(records: list[Record], tmp_path: Path) -
     with pytest.raises(ValueError, match=r"another job \(train\.seed was 0, now 1\)"):
         recipes.adapt("visual", records, tmp_path / "visual", start=tmp_path / "start", assignments=[*SMALL, "seed=1"])
     asked = json.loads((tmp_path / "visual" / "run.json").read_text())
-    assert (asked["job"], asked["preset"]) == ("adapt visual", "toy")
+    assert (asked["job"], asked["preset"], asked["data_sha256"]) == ("adapt visual", "toy", data.digest(records))
     assert asked["model"] == json.loads(json.dumps(dataclasses.asdict(config)))
     every = {field.name for field in dataclasses.fields(TrainConfig)}
     assert asked["train"].keys() | asked["how"].keys() == every | {"mesh", "processes", "device"}
