@@ -144,6 +144,8 @@ def test_another_shape_or_name_is_refused(tmp_path: Path) -> None:
             checkpointer.check(1, {"a": jnp.zeros((3, 2)), "b": jnp.zeros(1)}, template())
         with pytest.raises(ValueError, match=r"1, optimizer: a is float32\[3, 2\], the model wants bfloat16\[3, 2\]"):
             checkpointer.check(1, template(), {**template(), "a": jnp.zeros((3, 2), jnp.bfloat16)})
+        with pytest.raises(ValueError, match=r"1, model: a is float32\[3, 2\], the model wants float32\[2, 3\]"):
+            checkpointer.check(1, {**template(), "a": jnp.zeros((2, 3))}, template())
 
 
 def test_keep_must_be_positive(tmp_path: Path) -> None:

@@ -741,12 +741,29 @@ def test_a_seed_of_the_loader_serves_requests_without_one(clip: Path) -> None:
     assert np.array_equal(first[2], other[2])
 
 
-def test_segments_of_one_file_share_their_decoding(folder: Path) -> None:
+def test_a_batch_tells_its_sources_apart(clip: Path, folder: Path) -> None:
+    """Parts of one file, and bytes in memory; of one length, as they may be."""
+    other = folder / "other.mp4"
+    write_clip(other, num_frames=NUM_FRAMES, size=(96, 64), fps=25, gop=13, seed=3)
+    data = [path.read_bytes() for path in (clip, other)]
+    most = max(map(len, data)) + 8
+    data = [content + struct.pack(">I4s", most - len(content), b"free").ljust(most - len(content)) for content in data]
+    (folder / "both").write_bytes(b"".join(data))
+    sources = [*(FileSlice(folder / "both", i * most, most) for i in range(2)), *data]
+    options: dict[str, Any] = {"num_frames": 2, "size": 32, "short_side": 40}
+    (batch,) = ClipLoader([ClipRequest(source) for source in sources], batch_size=4, **options)
+    wanted = [sample_clip(path, **options).data for path in (clip, other)]
+    np.testing.assert_array_equal(batch.data, [*wanted, *wanted])
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+def test_segments_of_one_file_share_their_decoding(folder: Path, quality: Any) -> None:
     path = folder / "segments.mp4"
     write_clip(path, num_frames=100, size=(96, 64), fps=25, gop=50)
     starts = (3.0, 0.1, 2.0, 1.2, 0.5)
     requests = [ClipRequest(path, start, start + 1.0, seed=i) for i, start in enumerate(starts)]
     options: dict[str, Any] = {"num_frames": 4, "size": 32, "short_side": 40, "crop": "random", "sampling": "random"}
+    options["quality"] = quality
     alone = [
         sample_clip(path, start_seconds=start, end_seconds=start + 1.0, seed=i, **options).data
         for i, start in enumerate(starts)
