@@ -299,7 +299,7 @@ def test_text_is_pooled_at_its_first_end_and_does_not_see_what_follows(dual: Dua
     text = ids(0, 1, 9)
     text[0, 4] = 1
     other = text.copy()
-    other[0, 5:] = 0
+    other[0, 5:] = [0, 1, 0, 0]  # another end does not count
     np.testing.assert_allclose(apply(dual, "encode_text", other), apply(dual, "encode_text", text), atol=1e-6)
     np.testing.assert_allclose(apply(dual, "encode_text", text[:, :5]), apply(dual, "encode_text", text), atol=1e-6)
     other[0, 2] += 1
@@ -366,6 +366,7 @@ def test_divided_attention_starts_as_the_image_model() -> None:
     """What it adds over time is zero at first, whatever the frames are; a gradient moves it."""
     config = dataclasses.replace(DUAL, vision=VISION, pool="mean")
     image_model = DualEncoder(config, rngs=nnx.Rngs(0))
+    image_model.vision.blocks.blocks.mixer.norm.scale[...] *= 1.5
     model = inflate(image_model, 3, rngs=nnx.Rngs(1), temporal="zero", attention="divided")
     video = frames(0, 2, 3)
     each = apply(image_model, "_pooled", video.reshape(6, *video.shape[2:]))
@@ -376,16 +377,19 @@ def test_divided_attention_starts_as_the_image_model() -> None:
     (gradient,) = vjp(jnp.cos(tokens))
     assert np.abs(gradient.blocks.blocks.time.out.kernel[...]).max() > 1e-3
     assert each.shape == (6, DUAL.embed_dim)
-    np.testing.assert_array_equal(
-        model.vision.blocks.blocks.time.qkv.kernel[...], image_model.vision.blocks.blocks.mixer.qkv.kernel[...]
-    )
+    time, mixer = model.vision.blocks.blocks.time, image_model.vision.blocks.blocks.mixer
+    np.testing.assert_array_equal(time.qkv.kernel[...], mixer.qkv.kernel[...])
+    np.testing.assert_array_equal(time.norm.scale[...], mixer.norm.scale[...])
 
 
-@pytest.mark.parametrize(("attention", "reaches"), [("joint", True), ("factorised", False)])
+@pytest.mark.parametrize(("attention", "reaches"), [("joint", True), ("divided", True), ("factorised", False)])
 def test_who_sees_whom_over_space_and_time(attention: Any, reaches: bool) -> None:
-    """In one block of factorised attention a patch sees its frame and its place in the others, and nothing else."""
+    """In one block of factorised attention a patch sees its frame and its place in the others, and nothing else; of
+    divided, over time and then over space, all."""
     config = dataclasses.replace(VISION, num_frames=3, depth=1, attention=attention)
     tower = ViT(config, rngs=nnx.Rngs(0))
+    if attention == "divided":  # which starts at zero over time
+        tower.blocks.blocks.time.out.kernel[...] = jnp.eye(config.width)[None]
     video = frames(0, 1, 3)
     changed = video.copy()
     changed[0, 1, :8, 8:16] ^= 255  # frame 1, patch 1
