@@ -16,7 +16,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from pyvdl.kernels import attention, contrastive_loss, space_time_attention
+from pyvdl.kernels import attention, attention_xla, contrastive_loss, space_time_attention
 
 IMPLEMENTATIONS = ("reference", "xla")
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,8 +83,12 @@ def test_space_time_gradients(mode: str, class_tokens: int) -> None:
 
     wanted = jax.jit(jax.grad(lambda *x: loss("reference", *x), argnums=(0, 1, 2)))(q, k, v)
     got = jax.jit(jax.grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2)))(q, k, v)
-    for a, b in zip(got, wanted):
+    # The rule that stands beside the kernels for TPUs, whose residuals it shares.
+    options: dict[str, Any] = {"frames": 3, "mode": mode, "class_tokens": class_tokens, "scale": 4**-0.5}
+    by_rule = attention_xla.backward(q, k, v, *attention_xla.forward(q, k, v, **options), weight, **options)
+    for a, b, c in zip(got, wanted, by_rule, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(c, b, atol=2e-6)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)]
         jax.test_util.check_grads(
@@ -182,6 +186,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window both sides": {"window": 3},
     "softcap and bias": {"softcap": 1.5, "bias": (1, 4, 5, 7)},
     "bias by row": {"bias": (2, 1, 1, 7), "causal": True},
+    "biases by place and distance": {"bias": (2, 4, 5, 7), "distance_bias": (4, 5)},
     "all": {
         "causal": True,
         "prefix_lengths": [1, 2],
@@ -199,8 +204,9 @@ def attention_arguments(case: dict[str, Any]) -> dict[str, Any]:
     for name in ("prefix_lengths", "q_offset", "kv_lengths"):
         if isinstance(made.get(name), list):
             made[name] = jnp.asarray(made[name], jnp.int32)
-    if "bias" in made:
-        made["bias"] = jnp.asarray(normal(9, *made["bias"]), jnp.float32)
+    for seed, name in ((9, "bias"), (8, "distance_bias")):
+        if name in made:
+            made[name] = jnp.asarray(normal(seed, *made[name]), jnp.float32)
     return made
 
 
@@ -228,6 +234,8 @@ def test_attention_is_the_definition(case: str, kv_heads: int, implementation: s
         s = product * 6**-0.5
         if "softcap" in made:
             s = made["softcap"] * np.tanh(s / made["softcap"])
+        if "distance_bias" in made:
+            s += float(made["distance_bias"][n, np.clip(j - i, -2, 2) + 2])
         return s if bias is None else s + bias[b, n, i, j]
 
     wanted = naive_attention(q, k, v, allowed, score)

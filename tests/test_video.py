@@ -526,6 +526,19 @@ def audio_only(path: Path) -> Path:
     return path
 
 
+def test_a_stream_is_chosen_among_those_of_videos(folder: Path) -> None:
+    path = folder / "streams.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("ffv1", rate=10, width=64, height=48, pix_fmt="yuv420p") for _ in range(2)]
+        for number, stream in enumerate(streams):
+            frame = av.VideoFrame.from_ndarray(np.full((72, 64), 50 + number, np.uint8), format="yuv420p")
+            container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert [VideoDecoder(path, stream=i).get_planes_at(0)[0][0, 0] for i in (None, 0, 1)] == [50, 50, 51]
+    assert VideoDecoder(path, stream=1).metadata.num_video_streams == 2
+
+
 def test_faults_name_path_and_stage(clip: Path, folder: Path) -> None:
     text = folder / "notes.mp4"
     text.write_text("not a video " * 50)
@@ -749,7 +762,7 @@ def test_a_batch_tells_its_sources_apart(clip: Path, folder: Path) -> None:
     most = max(map(len, data)) + 8
     data = [content + struct.pack(">I4s", most - len(content), b"free").ljust(most - len(content)) for content in data]
     (folder / "both").write_bytes(b"".join(data))
-    sources = [*(FileSlice(folder / "both", i * most, most) for i in range(2)), *data]
+    sources: list[Any] = [*(FileSlice(folder / "both", i * most, most) for i in range(2)), *data]
     options: dict[str, Any] = {"num_frames": 2, "size": 32, "short_side": 40}
     (batch,) = ClipLoader([ClipRequest(source) for source in sources], batch_size=4, **options)
     wanted = [sample_clip(path, **options).data for path in (clip, other)]
