@@ -201,7 +201,7 @@ class PyLoader {
 
   ClipLoader& get() {
     if (forked()) {
-      throw std::runtime_error("the threads of this ClipLoader stayed in the process that made it: make one there");
+      throw std::runtime_error("the threads of this ClipLoader stayed in the process that made it: make another here");
     }
     return *loader_;
   }

@@ -191,6 +191,6 @@ def test_a_forked_process_does_not_wait_for_the_threads(clip: Path, use: str) ->
         print(os.waitpid(child, 0)[1], next(loader).ok.all())
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    refused = ["the threads of this ClipLoader stayed in the process that made it: make one there"]
+    refused = ["the threads of this ClipLoader stayed in the process that made it: make another here"]
     refusal = refused if use in ("next(loader)", "loader.clips_done") else []
     assert (done.stdout.splitlines(), done.stderr) == ([*refusal, "True", "0 True"], "")
