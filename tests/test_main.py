@@ -237,7 +237,7 @@ def test_a_wrong_command_is_one_line_and_code_2(run: Run, argv: list[str], says:
         ),
         (["stats", "--captions", "no.jsonl"], "no.jsonl"),
         (["caption", "none.jsonl", "--model", "nowhere"], "no clips in what was named"),
-        (["probe", "none.jsonl", "--json"], "no videos in what was named"),
+        (["probe", "none.jsonl"], "no videos in what was named"),
         (["prepare", "--data", "none.jsonl", "--to", "tars", "--out", "o"], "no clips in what was named"),
         (["adapt", "--stage", "visual", "--data", "none.jsonl", "--out", "o"], "no record has captions"),
         (

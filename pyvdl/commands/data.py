@@ -53,6 +53,8 @@ def probe(arguments: argparse.Namespace) -> int:
         rows.append(row)
         if arguments.json:
             print(json.dumps(row), flush=True)
+    if not rows:
+        raise ValueError("no videos in what was named")
     if not arguments.json:
         columns = ("codec", "size", "fps", "frames", "seconds", "rotation", "status")
         print_table(
@@ -62,8 +64,6 @@ def probe(arguments: argparse.Namespace) -> int:
                 for row in rows
             ],
         )
-    if not rows:
-        raise ValueError("no videos in what was named")
     if not any(row["status"] == "ok" for row in rows):
         raise ValueError(f"none of the {len(rows)} videos named could be read")
     return 0
