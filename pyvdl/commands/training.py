@@ -48,9 +48,11 @@ def _captioned(manifest: Path | None, captions: str | Path | None) -> list[Recor
     if captions is None:
         return records
     found = captions_by_key(read_captions(captions))
+    if not found:
+        raise ValueError(f"{captions} has no captions: none of its clips was captioned")
     if records and not any(record.key in found for record in records):
-        example = f", such as {next(iter(found))!r}" if found else ""
-        raise ValueError(f"{captions} has captions of no record of {manifest}, but of {len(found)} others{example}")
+        others = f"{len(found)} others, such as {next(iter(found))!r}"
+        raise ValueError(f"{captions} has captions of no record of {manifest}, but of {others}")
     return [dataclasses.replace(record, captions=found.get(record.key, ())) for record in records]
 
 
@@ -62,13 +64,13 @@ def train(arguments: argparse.Namespace) -> int:
     from pyvdl.sources import is_url
 
     _check_settings(arguments)
-    if arguments.distributed:
-        join()
     written_by_us = arguments.captions not in ("human", "alt_text")
     if written_by_us and not is_url(arguments.captions) and not Path(arguments.captions).exists():
         raise UsageError(
-            f"--captions {arguments.captions!r} is neither 'human' nor 'alt_text', nor is there such a file"
+            f"--captions {arguments.captions!r} is neither 'human' nor 'alt_text', nor is there such a file or folder"
         )
+    if arguments.distributed:
+        join()
     records = _captioned(arguments.data, arguments.captions if written_by_us else None)
     if arguments.captions == "alt_text":
         records = [dataclasses.replace(r, captions=(r.alt_text,) if r.alt_text else ()) for r in records]
