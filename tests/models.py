@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import nnx
 
 from pyvdl.config import GemmaConfig, T5Config, VLMConfig, toy
@@ -29,6 +28,8 @@ def random_vlm(config: VLMConfig, seed: int = 0) -> VLM:
 
 def tokenizer_of(folder: Path, words: str) -> Tokenizer:
     """One of a library's, whose ids are 0 for "<pad>" in a text, 1 for its end, and from 2 on for `words`."""
+    import tokenizers
+
     ids = {word: i for i, word in enumerate(["<pad>", "</s>", *words.split()])}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words.split()[0]))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
