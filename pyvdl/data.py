@@ -91,7 +91,7 @@ class Record:
         )
 
     def equal_parts(self, end_seconds: float, count: int) -> list[Record]:
-        """So many, of a clip that ends there."""
+        """`count` parts of equal length of the clip, which ends at `end_seconds`."""
         bounds = np.linspace(self.start_seconds, end_seconds, count + 1).tolist()
         return [self.part(i, start, end) for i, (start, end) in enumerate(itertools.pairwise(bounds))]
 

@@ -321,5 +321,6 @@ def _pyarrow() -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'pyarrow>=16' (captions may be jsonl)") from error
+        text = "Parquet files need pyarrow: pip install 'pyarrow>=16' (captions can do without: --format jsonl)"
+        raise ImportError(text) from error
     return pyarrow

@@ -45,8 +45,8 @@ class Stack(nnx.Module):
 
     unroll: all blocks one after the other in place of the scan, which copies what it keeps for the backward pass into
     stacks and out of them; the program takes longer to compile. None: on a GPU, unless `remat` leaves little to copy.
-    on_gpu: of the program to be made. XLA computes activations in passes of their own there, so that their outputs are
-    kept.
+    on_gpu: whether the program is for GPUs, where XLA computes activations in passes of their own: unrolled, their
+    outputs are kept for the backward pass.
     """
 
     def __init__(
