@@ -102,6 +102,7 @@ def fit(
         batch_size=config.batch_size,
         optim=config.optim,
         accumulate=config.accumulate,
+        unroll=config.unroll,
         skip_nonfinite=config.skip_nonfinite,
     )
     train_step = _compiled_step(graph, loss_fn, kept, mesh)

@@ -276,12 +276,13 @@ def test_scalars_of_parts_are_those_of_the_whole_batch() -> None:
     assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
+class Layers(nnx.Module):
+    def __init__(self) -> None:
+        self.vision = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs), 5, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("unroll", [None, True, False])
 def test_layers_are_unrolled_as_the_settings_say(unroll: bool | None) -> None:
-    class Layers(nnx.Module):
-        def __init__(self) -> None:
-            self.vision = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs), 5, rngs=nnx.Rngs(0))
-
     def loss(model: Layers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         return model.vision(batch["x"]).sum(), {}
 
@@ -291,6 +292,18 @@ def test_layers_are_unrolled_as_the_settings_say(unroll: bool | None) -> None:
         step = make_step(graph, loss, config, mesh)
         text = str(jax.make_jaxpr(step)(*begin(model, config, mesh), {"x": jnp.ones((2, 6))}))
     assert set(re.findall(r"unroll=(\d+)", text)) == {"5" if unroll else "1"}
+
+
+def test_a_run_unrolls_as_its_settings_say() -> None:
+    seen: list[bool | None] = []
+
+    def loss(model: Layers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        seen.append(model.vision.unroll)
+        return model.vision(batch["x"]).mean(), {}
+
+    for unroll in (True, False):
+        fit(Layers(), loss, Source(), dataclasses.replace(CONFIG, steps=1, unroll=unroll), progress=False)
+    assert list(dict.fromkeys(seen)) == [True, False]
 
 
 def test_pairs_in_parts_give_the_gradients_of_the_whole_batch() -> None:
