@@ -47,7 +47,7 @@ from pyvdl.pipeline import caption_job
 from pyvdl.progress import reporting
 from pyvdl.recipes import adapt, train
 from pyvdl.report import save_thumbnail, table, write_report
-from pyvdl.rows import CaptionRow, read_captions
+from pyvdl.rows import CaptionRow, check_format, read_captions
 from pyvdl.storage import write_whole
 from pyvdl.synthetic import ALT_TEXT_NOISE, make_corpus
 from pyvdl.synthetic.words import LABELS
@@ -74,6 +74,7 @@ class Stage:
 def run_demo(directory: str | os.PathLike[str] = "demo", seed: int = 0) -> Path:
     """Runs everything below `directory`, prints the table and returns the path of the report page."""
     check_packages()
+    check_format("parquet")
     wordnet()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from pyvdl.jobs import Job, is_listed, load_cuts, load_job, open_cuts, open_job
 from pyvdl.manifests import Cut
 from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
-from pyvdl.rows import Counts, Format, Row, RowKind
+from pyvdl.rows import Counts, Format, Row, RowKind, check_format
 from pyvdl.sharding import meet
 from pyvdl.storage import Folder, hold, refuse_another
 from pyvdl.tokenizers import Tokenizer
@@ -215,6 +215,7 @@ def run_job(
     shard, on its own devices. The first one lists the clips; all meet once these are listed, cut, and done. They may be
     more or fewer when the job goes on.
     """
+    check_format(format)
     folder = Folder(out)
     folder.make()
     index, count = jax.process_index(), jax.process_count()

@@ -173,6 +173,12 @@ def widened(kind: Kind | None, value: Any) -> Kind | None:
     return other if "int" in (kind, found) and other in ("long", "float") else "json"
 
 
+def check_format(format: Format) -> None:
+    """Raises ImportError where a file of this format cannot be written here: to be told before the work, not after."""
+    if format == "parquet":
+        _pyarrow()
+
+
 def encode_shard(rows: Sequence[Row], format: Format, columns: Mapping[str, Kind]) -> bytes:
     """The file of a shard. `columns` are the carried ones of the whole job: all its files have the same schema."""
     if format == "jsonl":

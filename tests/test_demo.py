@@ -242,7 +242,7 @@ def test_curve_is_the_mean_of_ten_steps() -> None:
     assert demo._curve(history) == [[10, 4.5], [20, 14.5]]
 
 
-@pytest.mark.parametrize("absent", ["matplotlib", "wn"])
+@pytest.mark.parametrize("absent", ["matplotlib", "pyarrow", "wn"])
 def test_what_the_end_needs_is_asked_for_at_the_start(
     absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import signal
+import sys
 import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -222,6 +223,13 @@ def test_captions_that_cannot_be_drawn_begin_no_job(
     with pytest.raises(ValueError, match=next(iter(wrong))):
         job(model, tokenizer, records, tmp_path, **wrong)
     assert not (tmp_path / "job.json").exists()
+
+
+def test_a_format_that_cannot_be_written_begins_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install 'pyarrow"):
+        pipeline.run_job(lambda: pytest.fail("a model is loaded"), [], tmp_path / "job")
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize("written", [8, 10])  # a try of each folder, four lists, job.json; then of four shards 1 or 3
