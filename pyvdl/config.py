@@ -271,8 +271,8 @@ class TrainConfig:
     fsdp: int = 1  # devices that parameters and batches are both split over; the rest split batches alone
     tensor: int = 1  # devices that matrices and attention heads are split over
     accumulate: int = 1  # parts of a batch that go through the model one after the other; the step is that of the whole
-    # All layers one after the other in the program, not a loop of one: faster steps, longer compilation. None: on GPUs,
-    # for towers without `remat`
+    # All layers one after the other in the program, not a loop of one, which copies into stacks and out of them; longer
+    # compilation. None: on GPUs, for towers without `remat`.
     unroll: bool | None = None
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters as they are kept, those not trained too
     skip_nonfinite: bool = (
