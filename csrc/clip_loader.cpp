@@ -111,8 +111,8 @@ AlignedBytes allocate_aligned(size_t bytes) {
 
 ClipLoader::ClipLoader(const ClipOptions& options, int num_threads)
     : options_(options), num_threads_(static_cast<size_t>(num_threads)) {
-  threads_.reserve(num_threads_);
   try {
+    threads_.reserve(num_threads_);
     while (threads_.size() < num_threads_) threads_.emplace_back([this] { work(); });
   } catch (const std::exception& fault) {
     const std::string which = std::to_string(threads_.size() + 1) + " of " + std::to_string(num_threads_);

@@ -25,6 +25,7 @@ import av
 import fsspec
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 import pyvdl
 from pyvdl import ClipLoader, ClipRequest, DecodeError, FileSlice, Limits, VideoDecoder, sample_clip
@@ -537,6 +538,29 @@ def test_a_stream_is_chosen_among_those_of_videos(folder: Path) -> None:
             container.mux(stream.encode())
     assert [VideoDecoder(path, stream=i).get_planes_at(0)[0][0, 0] for i in (None, 0, 1)] == [50, 50, 51]
     assert VideoDecoder(path, stream=1).metadata.num_video_streams == 2
+
+
+@pytest.mark.parametrize("with_video", [True, False])
+def test_a_picture_of_a_cover_is_no_video(folder: Path, with_video: bool) -> None:
+    """As songs have one, and videos from some sites."""
+    path = folder / f"cover-{with_video}.mp4"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24")
+        cover.disposition = Disposition.attached_pic
+        if with_video:
+            stream = container.add_stream("ffv1", rate=10, width=64, height=48, pix_fmt="yuv420p")
+            frame = av.VideoFrame.from_ndarray(np.full((72, 64), 50, np.uint8), format="yuv420p")
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9, np.uint8), format="rgb24")))
+        if with_video:
+            container.mux([*stream.encode(frame), *stream.encode()])
+        container.mux(cover.encode())
+    if with_video:
+        decoder = VideoDecoder(path)
+        assert (decoder.metadata.codec, decoder.metadata.num_video_streams) == ("ffv1", 1)
+        assert decoder.get_planes_at(0)[0][0, 0] == 50
+    else:
+        with pytest.raises(DecodeError, match="stream: no video stream"):
+            VideoDecoder(path)
 
 
 def test_faults_name_path_and_stage(clip: Path, folder: Path) -> None:
