@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,9 +48,8 @@ from .attention_tpu_tiles import (
     zero_after,
 )
 from .manual_axes import shape_like
-from .tuning import LANES, LOG2E
+from .tuning import LANES, LN2, LOG2E
 
-LN2 = math.log(2.0)
 # Sums of exponentials outside this range are taken again with the maximum subtracted. Inside, float32 loses nothing:
 # each term is below the sum, and what underflows to zero is below 2**-126.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-64, 2.0**64

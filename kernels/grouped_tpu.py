@@ -20,7 +20,6 @@ The backward pass computes logits anew, and softmax statistics with them: that c
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,9 +48,8 @@ from .grouped_tpu_tiles import (
     tokens_mask,
     write_mask,
 )
-from .tuning import LANES, LOG2E, ceil_to
+from .tuning import LANES, LN2, LOG2E, ceil_to
 
-LN_2 = math.log(2)
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 
@@ -185,7 +183,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
         out = _dot(values, weights)[place]
         if own is not None:
             out = out + v_column[plan.features(head), :queries] * own
-        return out * (1 / total), top * LN_2 + jnp.log(total)
+        return out * (1 / total), top * LN2 + jnp.log(total)
 
     def step(tiles: list[Any], carry: Any) -> Any:
         units = []
@@ -207,7 +205,7 @@ def _forward_kernel(*all_refs: Ref, plan: Plan) -> None:
     if classes:
         total, out = carry
         row = jnp.sum(own_lanes(plan, out * (1 / total)), axis=0, keepdims=True)
-        class_lse_ref[0, 0] = jnp.broadcast_to(class_top * LN_2 + jnp.log(total), (CLASS_ROWS, LANES))
+        class_lse_ref[0, 0] = jnp.broadcast_to(class_top * LN2 + jnp.log(total), (CLASS_ROWS, LANES))
     close_blocks(plan, written, outputs, wide, [row])
 
 

@@ -144,7 +144,7 @@ def make_plan(shape: tuple[int, ...], dtype: Any, frames: int, mode: str, class_
     )  # fmt: skip
 
 
-# --- tiles
+# --- memory
 
 
 def _vmem_bytes() -> int:
@@ -197,6 +197,9 @@ def memory_of(plan: Plan, mode: str, arrays: int, whole_count: int, extra_output
             f"need {used / 2**20:.0f} MiB, and {available / 2**20:.0f} are there"
         )
     return Memory(scratch, buffers, min(used + _VMEM_SPILL_BYTES, there - 2**20))
+
+
+# --- tiles
 
 
 def _piece(plan: Plan, tile: Array, piece: int) -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 LANES = 128
 LOG2E = math.log2(math.e)  # scores are kept in units of log 2: exp2 is what the hardware has
+LN2 = math.log(2)
 
 # Multiples of 8 (sublanes of a transposed head); below 32 a tile of lanes holds too many heads for one program.
 JOINT_HEAD_DIMS = (32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 256)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyvdl.config import ClipConfig
-from pyvdl.sources import absolute, is_url
+from pyvdl.sources import absolute, is_row, is_url
 from pyvdl.video import ClipBatch, ClipLoader, ClipRequest
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def clip_loader(
 
     Rows are taken as they are: of `clip` only the shape counts then. Raises ValueError for records of both kinds.
     """
-    kinds = {record.video.startswith("array://") for record in records}
+    kinds = {is_row(record.video) for record in records}
     if len(kinds) > 1:
         raise ValueError("some records are rows of an array and some are videos: expected all of one kind")
     options: dict[str, Any] = {"batch_size": batch_size, "num_threads": num_threads, "prefetch": prefetch}

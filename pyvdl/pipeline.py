@@ -30,6 +30,7 @@ from pyvdl.models.vlm import VLM
 from pyvdl.progress import Report
 from pyvdl.rows import Counts, Format, Row, RowKind, check_format
 from pyvdl.sharding import meet
+from pyvdl.sources import is_row
 from pyvdl.storage import Folder, hold, refuse_another
 from pyvdl.tokenizers import Tokenizer
 
@@ -91,7 +92,7 @@ def run_shards(
         for shard in shards:
             records = job.work(shard)
             for record in records:
-                if record.video.startswith("array://"):
+                if is_row(record.video):
                     raise ValueError(f"{record.video}: jobs decode videos, not rows of arrays")
             sizes.append((shard, len(records)))
             for group in maker.groups(records):

@@ -18,7 +18,6 @@ type Source = str | os.PathLike[str] | bytes | FileSlice | Readable
 _INT64 = (1 << 63) - 1
 _SCHEME_END = "://"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_ROW = "array://"
 _INSIDE = re.compile(r"(?:tar|array)://.*::(.*)", re.DOTALL)  # as fsspec writes it: what is in a file::its path
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
@@ -123,6 +122,11 @@ def with_file_path(video: str, change: Callable[[str], str]) -> str:
     return video if is_url(path) else video.removesuffix(path) + change(path)
 
 
+def is_row(video: str) -> bool:
+    """Whether it names a row of an array that `pyvdl prepare` wrote."""
+    return video.startswith("array://")
+
+
 def absolute(video: str) -> str:
     """The name with a path, however it was spelled, from the root on; a URL as it is. Links are not followed."""
     return with_file_path(video, os.path.abspath)
@@ -130,7 +134,7 @@ def absolute(video: str) -> str:
 
 def read_whole(source: Readable | str | os.PathLike[str] | FileSlice, max_bytes: int) -> bytes:
     """The bytes of a file-like object, or of what fsspec finds at a URL. Raises DecodeError, whatever goes wrong."""
-    if isinstance(source, (FileSlice, str, os.PathLike)) and _path(source).startswith(_ROW):
+    if isinstance(source, (FileSlice, str, os.PathLike)) and is_row(_path(source)):
         raise DecodeError(None, "open", "a row of an array that `pyvdl prepare` wrote: frames, not a video")
     try:
         if isinstance(source, (FileSlice, str, os.PathLike)):

@@ -17,6 +17,7 @@ from pyvdl.data import Record
 from pyvdl.manifests import measured
 from pyvdl.models.dual_encoder import DualEncoder
 from pyvdl.progress import Report
+from pyvdl.sources import is_row
 from pyvdl.tokenizers import Tokenizer
 
 
@@ -75,7 +76,7 @@ def _parts(records: Sequence[Record], clips: int) -> list[Record]:
     """Each clip in equal parts; of one that cannot be measured so often the whole, which will say why."""
     found = []
     for record, end in measured(records):
-        if record.video.startswith("array://"):
+        if is_row(record.video):
             raise ValueError(f"{record.video} holds the frames of one clip: name the videos to have {clips} clips each")
         if end is None or end <= record.start_seconds:
             found += [record] * clips
